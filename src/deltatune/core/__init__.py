@@ -1,0 +1,17 @@
+"""The only package that touches a live model. Methods depend on it; it depends on no method."""
+
+from deltatune.core.adapter import Adapter
+from deltatune.core.callback import Callback, Events, Groups, Run
+from deltatune.core.checkpoint import load
+from deltatune.core.config import Config
+from deltatune.core.errors import DeltatuneError, nearest
+from deltatune.core.method import Init, Method, Shape, Site, Union, matching
+from deltatune.core.select import Fused, Layers, Part, Select, resolve
+from deltatune.core.surgery import Plan, activate, adapters, attach, detach, merge, plan, unmerge, using
+from deltatune.core.units import Base, Delta, Intervention, PerRow, Router
+
+__all__ = [
+    "Adapter", "Base", "Callback", "Config", "Delta", "DeltatuneError", "Events", "Fused", "Groups", "Init",
+    "Intervention", "Layers", "Method", "Part", "PerRow", "Plan", "Router", "Run", "Select", "Shape", "Site", "Union",
+    "activate", "adapters", "attach", "detach", "load", "matching", "merge", "nearest", "plan", "resolve", "unmerge", "using",
+]  # fmt: skip

@@ -1,0 +1,72 @@
+"""Callbacks: everything about how an adapter is trained, as events of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core.config import Config
+from deltatune.core.units import Intervention
+
+Groups = list[dict[str, Any]]  # the optimizer's parameter groups
+
+
+class Trained(Protocol):
+    """What a callback sees of the adapter in training."""
+
+    name: str
+
+    def units(self) -> Iterator[tuple[str, Intervention]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def roles(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+@dataclass
+class Run:
+    """A training run as callbacks see it. `step` counts optimizer steps from 1; `adapter` is None when the base trains."""
+
+    model: nn.Module
+    adapter: Trained | None
+    steps: int
+    step: int = 0
+    optimizer: torch.optim.Optimizer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callback(Config):
+    """Options of a callback; `start` makes the events of one run, so that options stay values."""
+
+    def start(self, run: Run) -> Events:
+        raise NotImplementedError
+
+
+class Events:
+    """Training events. Each does nothing unless a callback says otherwise."""
+
+    def param_groups(self, groups: Groups) -> Groups:
+        """Called once, before the optimizer is made."""
+        return groups
+
+    def on_train_start(self, run: Run) -> None:
+        """After the optimizer is made, before the first step."""
+
+    def on_loss(self, run: Run, loss: Tensor) -> Tensor:
+        """The loss of one micro-batch, scaled to its share of the step, before its backward pass."""
+        return loss
+
+    def on_grads(self, run: Run) -> None:
+        """After the backward passes of a step, before clipping."""
+
+    def on_step_end(self, run: Run) -> None:
+        """After the optimizer's step, before the gradients are cleared."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to go on bit for bit."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...

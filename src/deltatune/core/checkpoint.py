@@ -1,0 +1,71 @@
+"""Load an adapter from its folder: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deltatune.core.adapter import CONFIG, FORMAT, TENSORS, Adapter
+from deltatune.core.errors import DeltatuneError
+from deltatune.core.method import Method
+from deltatune.core.surgery import attach, detach
+
+Decoder = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Tensor]], tuple[Method, dict[str, Tensor]]]
+
+_DECODERS: list[Decoder] = []
+
+
+def register_decoder(decode: Decoder) -> None:
+    """Name the function that reads a foreign format: (model, configuration, tensors) -> (method, tensors by our names).
+
+    Tensors come back under the names of `Adapter.state_dict`.
+    """
+    _DECODERS[:] = [decode]
+
+
+def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a saved adapter; raises when either is missing or damaged."""
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        raise DeltatuneError(f"{path}: no {CONFIG} there, so this is not a saved adapter")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise DeltatuneError(f"{path / CONFIG}: not valid JSON ({e})") from e
+    if not (path / TENSORS).is_file():
+        raise DeltatuneError(f"{path}: {TENSORS} is missing; files that need unpickling are not read")
+    try:
+        return config, load_file(path / TENSORS)
+    except SafetensorError as e:
+        raise DeltatuneError(f"{path / TENSORS}: damaged ({e})") from e
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, dtype: torch.dtype | None = None) -> Adapter:
+    """Attach the adapter saved in `folder`, by us or by PEFT, and activate it.
+
+    Raises DeltatuneError, and leaves the model as it was, when files are missing or tensors do not fit the model.
+    """
+    config, tensors = read_folder(folder)
+    own = config.get("deltatune", {})
+    if own.get("format", FORMAT) > FORMAT:
+        raise DeltatuneError(f"{folder}: format {own['format']} is newer than this library reads ({FORMAT}); upgrade it")
+    if own.get("tensors") == "deltatune":
+        method = Method.from_dict(own["method"])
+    elif _DECODERS:
+        method, tensors = _DECODERS[0](model, config, tensors)
+    else:
+        raise DeltatuneError(f"{folder}: written in PEFT's format; import deltatune.interop to read it")
+    adapter = attach(model, method, name or own.get("name") or "default", dtype=dtype)
+    try:
+        adapter.load_state_dict(tensors)
+    except DeltatuneError as e:
+        detach(model, adapter.name)
+        raise DeltatuneError(f"{folder}: saved for another base? {e}") from e
+    return adapter

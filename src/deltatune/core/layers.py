@@ -1,0 +1,144 @@
+"""How a module stores a parameter and computes with it: the only place that knows layer types.
+
+Two boundary details end here, so that no method ever sees them:
+  * orientation: a weight is (out, in); a kernel is flattened to (out, in x kernel), an embedding is (tokens, dim);
+  * storage:     a quantised weight is dequantised on read and requantised on write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Read = Callable[[nn.Module, str], Tensor]
+Write = Callable[[nn.Module, str, Tensor], None]
+
+
+class Kind:
+    """How one type of layer computes when some of its parameters are replaced."""
+
+    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The module's forward with `params` in place of its own, leaving the module untouched (threads may share it)."""
+        twin = object.__new__(type(module))
+        twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters}}
+        for name, p in params.items():
+            twin._parameters[name] = p.reshape(module._parameters[name].shape)
+        return plain_class(type(module)).forward(twin, x, *args, **kwargs)
+
+    def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
+        """What `up @ down` added to the weight adds to the output; None where only the dense product will do."""
+        return None
+
+
+class LinearKind(Kind):
+    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        w = params["weight"] if "weight" in params else read(module, "weight")
+        bias = params.get("bias", module.bias)
+        return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
+        return F.linear(F.linear(x, down), up)
+
+
+class EmbeddingKind(Kind):
+    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if type(module) is not nn.Embedding and plain_class(type(module)).forward is not nn.Embedding.forward:
+            return super().run(module, x, params, *args, **kwargs)  # one that scales or offsets, e.g. Gemma's, OPT's
+        m = module
+        return F.embedding(x, params["weight"], m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+
+    def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
+        if plain_class(type(module)).forward is not nn.Embedding.forward:
+            return None
+        return F.linear(F.embedding(x, up), down.T)
+
+
+class ConvKind(Kind):
+    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        w = params.get("weight", module.weight).reshape(module.weight.shape)
+        return module._conv_forward(x, w.to(x.dtype), params.get("bias", module.bias))
+
+    def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
+        if module.groups != 1:
+            return None
+        h = module._conv_forward(x, down.reshape(len(down), *module.weight.shape[1:]), None)
+        return torch.einsum("or,br...->bo...", up, h)
+
+
+class LayerNormKind(Kind):
+    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        w, b = params.get("weight", module.weight), params.get("bias", module.bias)
+        return F.layer_norm(x, module.normalized_shape, w, b, module.eps)
+
+
+LINEAR = LinearKind()
+
+
+@dataclass
+class Layer:
+    kind: Kind
+    transposed: bool = False  # stores (in, out), as GPT-2's Conv1D does
+    read: Read | None = None
+    write: Write | None = None
+
+
+_LAYERS: dict[type[nn.Module], Layer] = {
+    nn.Linear: Layer(LINEAR),
+    nn.Embedding: Layer(EmbeddingKind()),
+    nn.LayerNorm: Layer(LayerNormKind()),
+    **{c: Layer(ConvKind()) for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
+}
+_OTHER = Layer(Kind())
+
+
+def register(cls: type[nn.Module], kind: Kind = LINEAR, *, transposed: bool = False, read: Read | None = None,
+             write: Write | None = None) -> None:  # fmt: skip
+    """Make a layer type known: how it computes, and for a quantised one how its weight is read and written."""
+    _LAYERS[cls] = Layer(kind, transposed, read, write)
+
+
+def layer_of(module: nn.Module) -> Layer:
+    return next((_LAYERS[c] for c in type(module).__mro__ if c in _LAYERS), _OTHER)
+
+
+def plain_class(cls: type) -> type:
+    """The class a grafted module had before."""
+    return getattr(cls, "plain_class", cls)
+
+
+def is_layer(module: nn.Module) -> bool:
+    return layer_of(module) is not _OTHER
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(layer_of(module).kind, LinearKind)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    return layer_of(module).read is not None
+
+
+def read(module: nn.Module, param: str) -> Tensor:
+    """The parameter as methods see it: (out, in), flattened and dequantised."""
+    layer = layer_of(module)
+    if param == "weight" and layer.read:
+        return layer.read(module, param)
+    w = getattr(module, param)
+    if layer.transposed and w.ndim == 2:
+        return w.T
+    return w.flatten(1) if w.ndim > 2 else w
+
+
+@torch.no_grad()
+def write(module: nn.Module, param: str, w: Tensor) -> None:
+    """Store `w`, as `read` gave it, in the module's own layout, type and precision."""
+    layer = layer_of(module)
+    if param == "weight" and layer.write:
+        return layer.write(module, param, w)
+    p = getattr(module, param)
+    p.copy_((w.T if layer.transposed and w.ndim == 2 else w).reshape(p.shape).to(p.dtype))

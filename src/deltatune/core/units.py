@@ -1,0 +1,255 @@
+"""What runs at a site. A method implements the weakest of these that can express it.
+
+    Delta         W' = weight(W)               mergeable, hot-swappable, batchable
+    Intervention  y  = forward(call, *args)    around the call of any module, the whole model included
+    Router        y  = forward(x, branches)    combines several adapters at one site
+
+`Base` is what a unit is given: the module, with the units inside it, seen as a function of one of its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core import layers
+from deltatune.core.errors import DeltatuneError
+
+CALL, ATTENTION = "call", "attention"  # the places of a unit that replaces no parameter
+
+
+class Intervention(nn.Module):
+    """Code around a module's call. `call(*args, **kwargs)` runs whatever is inside."""
+
+    roles: ClassVar[Mapping[str, str]] = {}  # parameter name -> role ("down", "up", "scale", "gate", ...)
+
+    def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """Row i of the batch under `units[rows[i]]` (-1: under none), in one call of the module.
+
+        Needed only where rows cannot be run apart, because the call changes something they share, such as a cache.
+        """
+        return NotImplemented
+
+
+class Delta(Intervention):
+    """An effective weight. `weight` is the paper's equation; `forward` may restate it without forming W'."""
+
+    def weight(self, w: Tensor) -> Tensor:
+        """(out, in) -> (out, in), in the wider of the two precisions."""
+        raise NotImplementedError
+
+    def bias(self, b: Tensor) -> Tensor:
+        """(out,) -> (out,), for the deltas that act on the whole output and so on the bias as well."""
+        return b
+
+    def forward(self, call: Any, x: Any) -> Any:
+        whole = call.under("bias", self.bias(call.bias)) if self.moves_bias and call.bias is not None else call
+        return whole.op(x, self.weight(call.weight))
+
+    @property
+    def moves_bias(self) -> bool:
+        return type(self).bias is not Delta.bias
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down) with W' = W + up @ down, when the delta is low rank: what batched kernels serve."""
+        return None
+
+
+class Router(nn.Module):
+    """Combines the outputs of several branches at one site."""
+
+    def forward(self, x: Tensor, branches: Sequence[Callable[[], Tensor]]) -> Tensor:
+        raise NotImplementedError
+
+
+class Base:
+    """A frozen module as a function of its parameter `at`; `held` parameters stand in for the module's own."""
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any], at: str = "weight",
+                 held: Mapping[str, Tensor] | None = None) -> None:  # fmt: skip
+        self.module, self.call, self.at, self.held = module, call, at, held or {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.held:
+            return layers.layer_of(self.module).kind.run(self.module, args[0], self.held, *args[1:], **kwargs)
+        return self.call(*args, **kwargs)
+
+    def parameter(self, name: str) -> Tensor | None:
+        """The parameter in effect here, (out, in) if it is a weight; None if the module has none."""
+        if name in self.held:
+            return self.held[name]
+        return None if getattr(self.module, name, None) is None else layers.read(self.module, name)
+
+    def under(self, name: str, value: Tensor) -> Base:
+        """This base with `value` as its parameter `name`."""
+        own = getattr(self.module, name)
+        value = value if layers.is_quantised(self.module) or own is None else value.to(own.dtype)
+        return Base(self.module, self.call, self.at, {**self.held, name: value})
+
+    def view(self, at: str) -> Base:
+        """The same function, seen as one of the parameter `at`."""
+        return Base(self.module, self.call, at if at not in (CALL, ATTENTION) else "weight", self.held)
+
+    def then(self, unit: Intervention, at: str) -> Base:
+        """The base an outer unit sees once `unit` is in place: how adapters stack."""
+        return Stacked(self, unit, at)
+
+    @property
+    def weight(self) -> Tensor:
+        w = self.parameter(self.at)
+        if w is None:
+            raise DeltatuneError(f"{type(self.module).__name__} has no parameter {self.at!r}")
+        return w
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.parameter("bias")
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether `call(x) + F.linear(x, dW)` is the module under W + dW."""
+        return self.at == "weight" and layers.is_linear(self.module)
+
+    def op(self, x: Any, w: Tensor) -> Any:
+        """Run the module on `x` as if its parameter were `w`."""
+        return self.under(self.at, w)(x)
+
+    def low_rank(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
+        """What adding `up @ down` to the weight adds to the output, without forming it; None if it must be formed."""
+        return layers.layer_of(self.module).kind.low_rank(self.module, x, up, down) if self.at == "weight" else None
+
+
+class Stacked(Base):
+    """A base inside one more unit."""
+
+    def __init__(self, inner: Base, unit: Intervention, unit_at: str, at: str | None = None) -> None:
+        super().__init__(inner.module, inner.call, at or inner.at)
+        self.inner, self.unit, self.unit_at = inner, unit, unit_at
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.unit(self.inner.view(self.unit_at), *args, **kwargs)
+
+    def parameter(self, name: str) -> Tensor | None:
+        w = self.inner.parameter(name)
+        if w is None or not isinstance(self.unit, Delta):
+            return w
+        if name == self.unit_at:
+            return self.unit.weight(w)
+        return self.unit.bias(w) if name == "bias" and self.unit_at == "weight" else w
+
+    def under(self, name: str, value: Tensor) -> Base:
+        inner = self.inner.under(name, value)
+        if name != self.unit_at:
+            return Stacked(inner, self.unit, self.unit_at, self.at)
+        moved = self.parameter("bias") if isinstance(self.unit, Delta) and self.unit.moves_bias else None
+        return (inner if moved is None else inner.under("bias", moved)).view(self.at)
+
+    def view(self, at: str) -> Base:
+        return Stacked(self.inner, self.unit, self.unit_at, at if at not in (CALL, ATTENTION) else "weight")
+
+
+class _Rows(Base):
+    """Some output rows of a linear base whose whole output `y` for `x` is already known."""
+
+    def __init__(self, base: Base, rows: Tensor, x: Tensor, y: Tensor) -> None:
+        super().__init__(base.module, base.call, base.at)
+        self.base, self.rows, self.x, self.y = base, rows, x, y
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return (self.y if x is self.x else self.base(x)).index_select(-1, self.rows)
+
+    def parameter(self, name: str) -> Tensor | None:
+        p = self.base.parameter(name)
+        return None if p is None else p.index_select(0, self.rows)
+
+    def under(self, name: str, value: Tensor) -> Base:
+        whole = self.base.parameter(name)
+        assert whole is not None  # a unit only replaces what it was given
+        return _Rows(self.base.under(name, whole.index_copy(0, self.rows, value.to(whole.dtype))), self.rows, None, None)  # type: ignore[arg-type]
+
+
+class Sliced(Delta):
+    """A delta of some rows of a fused projection: one third of `c_attn`, the keys of `query_key_value`."""
+
+    def __init__(self, inner: Delta, rows: Tensor, out: int) -> None:
+        super().__init__()
+        self.inner, self.out = inner, out
+        self.register_buffer("rows", rows, persistent=False)
+
+    def weight(self, w: Tensor) -> Tensor:
+        part = self.inner.weight(w.index_select(0, self.rows))
+        return w.to(part.dtype).index_copy(0, self.rows, part)
+
+    def bias(self, b: Tensor) -> Tensor:
+        part = self.inner.bias(b.index_select(0, self.rows))
+        return b.to(part.dtype).index_copy(0, self.rows, part)
+
+    @property
+    def moves_bias(self) -> bool:
+        return self.inner.moves_bias
+
+    def forward(self, call: Any, x: Any) -> Any:
+        y = call(x)
+        return y.index_copy(-1, self.rows, self.inner(_Rows(call, self.rows, x, y), x))
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        if (factors := self.inner.factors()) is None:
+            return None
+        up, down = factors
+        return up.new_zeros(self.out, up.shape[1]).index_copy(0, self.rows, up), down
+
+
+class PerRow(Router):
+    """Each row of the batch names its adapter: `PerRow(["law", "style", None])`; None is the base alone.
+
+    A batch may also hold a multiple of the rows, as beam search and flattened tokens do; it is split evenly.
+    """
+
+    def __init__(self, names: Sequence[str | None]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+
+    def index(self, adapters: Sequence[str | None], x: Tensor) -> Tensor:
+        """(batch,): the position in `adapters` of each row's name, -1 for a name that is not there."""
+        times, rest = divmod(x.shape[0], len(self.names))
+        if rest or not times:
+            raise DeltatuneError(f"PerRow names {len(self.names)} rows; this call's batch has {x.shape[0]}")
+        at = [adapters.index(n) if n in adapters else -1 for n in self.names]
+        return torch.tensor(at, device=x.device).repeat_interleave(times)
+
+    def route(self, units: Mapping[str, Sequence[Intervention]], base: Base, bind: Callable[[str], Base],
+              args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # fmt: skip
+        names = [n for n in dict.fromkeys(self.names) if n in units]
+        kinds = {type(u) for n in names for u in units[n]}
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim]
+        index = self.index(names, tensors[0])
+        if len(kinds) == 1 and all(len(units[n]) == 1 for n in names):
+            done = kinds.pop().batched([units[n][0] for n in names], index, base, *args, **kwargs)
+            if done is not NotImplemented:
+                return done
+        places, parts = [], []
+        for i, call in [(-1, base), *((i, bind(n)) for i, n in enumerate(names))]:
+            if len(rows := (index == i).nonzero().flatten()):
+                own = [_take(a, rows, len(index)) for a in args]
+                parts.append(call(*own, **{k: _take(v, rows, len(index)) for k, v in kwargs.items()}))
+                places.append(rows)
+        return _join(parts, torch.cat(places).argsort())
+
+
+def _take(value: Any, rows: Tensor, batch: int) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_take(v, rows, batch) for v in value)
+    return value.index_select(0, rows) if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
+
+
+def _join(parts: list[Any], order: Tensor) -> Any:
+    if isinstance(parts[0], tuple):
+        return tuple(_join(list(p), order) for p in zip(*parts, strict=True))
+    return torch.cat(parts).index_select(0, order) if isinstance(parts[0], Tensor) else parts[0]

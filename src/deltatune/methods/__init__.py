@@ -1,0 +1,1 @@
+"""One file a method, each reading like its paper."""

@@ -1,0 +1,92 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., ICLR 2022. arXiv:2106.09685
+
+    W' = W + s B A,    B in R^{out x r},  A in R^{r x in}                                  (eq. 3)
+
+s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv:2312.03732).
+A is Kaiming-uniform and B zero, so W' = W at the start, unless `init` says otherwise. On an embedding, whose rows are
+tokens, B A is (tokens, dim): the factor that the tokens index starts at zero, and there is no dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core import Base, Delta, DeltatuneError, Init, Method, Site, matching
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Method):
+    """`ranks` and `alphas` give modules their own r and alpha, by the first pattern that ends a module's path."""
+
+    r: int = 8
+    alpha: float = 16.0
+    scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"
+    dropout: float = 0.0
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    init: Init | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, r in (("r", self.r), *self.ranks.items()):
+            if r < 1:
+                raise DeltatuneError(f"LoRA: the rank {name!r} must be at least 1, got {r}")
+        if self.scaling not in ("alpha/r", "alpha/sqrt(r)"):
+            raise DeltatuneError(f"LoRA: scaling is 'alpha/r' or 'alpha/sqrt(r)', got {self.scaling!r}")
+        if not 0 <= self.dropout < 1:
+            raise DeltatuneError(f"LoRA: dropout must lie in [0, 1), got {self.dropout}")
+
+    def build(self, site: Site, shared: nn.Module | None) -> LowRank:
+        r = matching(self.ranks, site.path, self.r)
+        alpha = matching(self.alphas, site.path, self.alpha)
+        s = alpha / (r if self.scaling == "alpha/r" else math.sqrt(r))
+        delta = LowRank(site, r, s, self.dropout)
+        if self.init is not None:
+            self.init(delta, site.weight)
+        return delta
+
+
+class LowRank(Delta):
+    """`a` (r, in), `b` (out, r). `a0`, `b0`: a constant product taken off, for initialisations that do not start at 0."""
+
+    roles = {"a": "down", "b": "up"}
+
+    def __init__(self, site: Site, r: int, s: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.s = s
+        self.a = nn.Parameter(torch.empty(r, site.shape.in_, **site.like))
+        self.b = nn.Parameter(torch.zeros(site.shape.out, r, **site.like))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.register_buffer("a0", None)
+        self.register_buffer("b0", None)
+
+    @torch.no_grad()
+    def start_from(self, b: Tensor, a: Tensor) -> None:
+        """Begin at s B A, minus the same constant, so that W' = W whatever the initialisation."""
+        self.a.copy_(a)
+        self.b.copy_(b)
+        self.a0, self.b0 = self.a.detach().clone(), self.b.detach().clone()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        if self.a0 is None:
+            return self.s * self.b, self.a
+        return self.s * torch.cat([self.b, -self.b0], 1), torch.cat([self.a, self.a0])
+
+    def weight(self, w: Tensor) -> Tensor:
+        up, down = self.factors()
+        return w + up @ down
+
+    def forward(self, call: Base, x: Any) -> Any:
+        up, down = self.factors()
+        h = self.dropout(x.to(down.dtype)) if x.is_floating_point() else x
+        if (update := call.low_rank(h, up, down)) is None:
+            return super().forward(call, x)
+        y = call(x)
+        return y + update.to(y.dtype)

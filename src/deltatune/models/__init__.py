@@ -1,0 +1,10 @@
+"""What is known of Hugging Face architectures. Importing it teaches core their layers, parts and attention."""
+
+from transformers.pytorch_utils import Conv1D
+
+from deltatune.core import layers
+from deltatune.models import anatomy, attention
+
+layers.register(Conv1D, transposed=True)
+
+__all__ = ["anatomy", "attention"]
