@@ -78,6 +78,7 @@ def test_language_models_generate(family):
 
 def test_overrides_reach_the_configuration():
     assert build("llama", num_hidden_layers=4).config.num_hidden_layers == 4
+    assert len(build("gemma3", num_hidden_layers=4).config.layer_types) == 4  # what follows from it follows too
     assert len(build("gpt2", n_layer=1).transformer.h) == 1
     assert build("bert", hidden_dropout_prob=0.5).config.hidden_dropout_prob == 0.5
 

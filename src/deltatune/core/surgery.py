@@ -128,8 +128,6 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
     shared, built = nn.ModuleDict(), []
     for i, part in enumerate(method.parts()):
         sites = _sites(model, part, dtype)
-        if unknown := set(part.at) - {CALL} - _POINTS.keys() - set(_parameter_names(sites)):
-            raise DeltatuneError(f"{type(part).__name__}: no place called {unknown.pop()!r} is registered")
         if (common := part.shared(sites)) is not None:
             shared[str(i)] = common
         built += [(site, _unit(part, site, common)) for site in sites]
@@ -149,10 +147,6 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
     switch.records[name] = Record(method, shared, built[0][0].dtype)
     switch.current = Active((name,))
     return Adapter(model, name)
-
-
-def _parameter_names(sites: Sequence[Site]) -> set[str]:
-    return {s.at for s in sites}
 
 
 def _freeze(model: nn.Module) -> Iterator[str]:

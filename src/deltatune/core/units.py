@@ -146,10 +146,13 @@ class Stacked(Base):
 
     def under(self, name: str, value: Tensor) -> Base:
         inner = self.inner.under(name, value)
-        if name != self.unit_at:
+        moves = isinstance(self.unit, Delta) and self.unit.moves_bias and self.unit_at == "weight"
+        other = {"weight": "bias", "bias": "weight"}.get(name) if moves else None
+        if other is None and name != self.unit_at:
             return Stacked(inner, self.unit, self.unit_at, self.at)
-        moved = self.parameter("bias") if isinstance(self.unit, Delta) and self.unit.moves_bias else None
-        return (inner if moved is None else inner.under("bias", moved)).view(self.at)
+        if other and (moved := self.parameter(other)) is not None:  # `value` is final; the unit's other effect stays
+            inner = inner.under(other, moved)
+        return inner.view(self.at)
 
     def view(self, at: str) -> Base:
         return Stacked(self.inner, self.unit, self.unit_at, at if at not in (CALL, ATTENTION) else "weight")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,15 +57,14 @@ class Summary:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [
+        text = (
             f"{self.source}: {self.rows:,} rows ({self.format}), {self.examples:,} examples, {self.tokens:,} tokens, "
-            f"{self.trained_tokens:,} trained ({self.trained_tokens / max(self.tokens, 1):.0%}), longest {self.longest:,}"
-        ]
-        parts += [f"{n:,} truncated" for n in [self.truncated] if n]
-        parts += [f"{n:,} dropped as too long" for n in [self.dropped] if n]
-        parts += [f"{n:,} left out because none of their tokens is trained" for n in [self.untrained] if n]
-        parts += [f"template {self.template}" for _ in [0] if self.template]
-        return "; ".join([*parts, *self.notes])
+            f"{self.trained_tokens:,} trained, longest {self.longest:,}"
+        )
+        counts = {"truncated": self.truncated, "dropped as too long": self.dropped,
+                  "left out because none of their tokens is trained": self.untrained}  # fmt: skip
+        template = (f"template {self.template}",) if self.template else ()
+        return "; ".join([text, *(f"{n:,} {what}" for what, n in counts.items() if n), *template, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -106,40 +106,33 @@ def build(
     fixes the classes, as for a held-out set. Raises `DataError` naming the rows that are longer than ``max_length``
     (``too_long="refuse"``), that do not suit the task, or whose class is unknown."""
     first = data.items[0]
-    chosen: Task = task or {Labelled: "classification", Tagged: "tagging", Pair: "seq2seq"}.get(type(first), "causal")  # type: ignore[assignment]
+    usual: dict[type, Task] = {Labelled: "classification", Tagged: "tagging", Pair: "seq2seq"}
+    chosen = task or usual.get(type(first), "causal")
     items = [_suited(item, chosen) for item in data.items]
-    notes = []
-    used: Template | None = None
-    if chosen == "causal":
-        used = resolve(template, tokenizer) if any(isinstance(item, Conversation) for item in items) else None
-        if used and template is None and used.name != "chat":
-            notes.append(f"the tokenizer has no chat template, so {used.name} was taken")
-        if isinstance(first, Preference):
-            notes.append("of each preference only the chosen answer is used")
-        raw = _causal(items, tokenizer, used, train_on)
-    elif chosen == "seq2seq":
-        raw = _seq2seq(items, tokenizer)
-    else:
-        given = [x for item in items for x in ([item.label] if isinstance(item, Labelled) else item.tags)]  # type: ignore[union-attr]
-        label_names = list(label_names) if label_names is not None else _names(given)
-        raw = (_classes if chosen == "classification" else _tags)(items, tokenizer, label_names)
+    notes = ["of each preference only the chosen answer is used"] if isinstance(first, Preference) else []
+    used = resolve(template, tokenizer) if any(isinstance(item, Conversation) for item in items) else None
+    if used and template is None and used.name != "chat":
+        notes.append(f"the tokenizer has no chat template, so {used.name} was taken")
+    names = _names(items, label_names) if chosen in ("classification", "tagging") else None
+    encode = partial({"seq2seq": _seq2seq, "classification": _classes, "tagging": _tags}.get(chosen, _cut),
+                     tokenizer, {name: i for i, name in enumerate(names or [])})  # fmt: skip
+    wholes = _causal(items, tokenizer, used, train_on) if chosen == "causal" else (encode(item, None) for item in items)
 
     kept: list[Example] = []
     found, truncated, dropped, untrained = Problems(), 0, 0, 0
-    for example, cut in raw:
+    for item, example in zip(items, wholes, strict=True):
         if max_length is not None and len(example) > max_length:
             if too_long == "refuse":
                 found.add(example.origin, f"{len(example)} tokens, but max_length is {max_length}")
             if too_long != "truncate":
                 dropped += 1
                 continue
-            example, truncated = cut(max_length), truncated + 1
+            example, truncated = encode(example if chosen == "causal" else item, max_length), truncated + 1
         if example.trained:
             kept.append(example)
         else:
             untrained += 1
     found.done("raise max_length, or set too_long to truncate or drop")
-    names = list(label_names) if label_names is not None and chosen in ("classification", "tagging") else None
     summary = Summary(
         data.source, data.format, chosen, used.name if used else None, len(items), len(kept),
         sum(len(e.input_ids) for e in kept), sum(e.trained for e in kept), max(map(len, kept), default=0),
@@ -148,14 +141,6 @@ def build(
     if not kept:
         raise DataError(f"{data.source}: nothing is left to train on. {summary}")
     return Encoded(kept, summary, names)
-
-
-# A raw example comes with the function that cuts it: special tokens at the end of an encoder's input must survive.
-Raw = Iterator[tuple[Example, Callable[[int], Example]]]
-
-
-def _slice(example: Example) -> Callable[[int], Example]:
-    return lambda n: Example(example.input_ids[:n], example.labels[:n], example.origin)
 
 
 def _suited(item: Item, task: Task) -> Item:
@@ -177,74 +162,63 @@ def _suited(item: Item, task: Task) -> Item:
     return item
 
 
-def _causal(items: list[Any], tokenizer: PreTrainedTokenizerBase, template: Template | None, train_on: TrainOn) -> Raw:
+def _causal(items: list[Any], tokenizer: PreTrainedTokenizerBase, template: Template | None, train_on: TrainOn
+            ) -> Iterator[Example]:  # fmt: skip
     head = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     tail = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    rendered = (
-        tokenise((item for item in items if isinstance(item, Conversation)), tokenizer, template, train_on)
-        if template
-        else iter(())
-    )
+    talks = (item for item in items if isinstance(item, Conversation))
+    rendered = tokenise(talks, tokenizer, template, train_on) if template else iter(())
     for item in items:
         if isinstance(item, Text):
             ids = head + tokenizer(item.text, add_special_tokens=False, verbose=False)["input_ids"] + tail
-            labels = list(ids)
+            mask = [True] * len(ids)
         else:
             ids, mask = next(rendered)
-            labels = [token if trained else IGNORED for token, trained in zip(ids, mask, strict=True)]
         # Nothing predicts a document's first token; in a packed row the document before it would.
-        example = Example(ids, [IGNORED, *labels[1:]] if ids else [], item.origin)
-        yield example, _slice(example)
+        labels = [token if trained and i else IGNORED for i, (token, trained) in enumerate(zip(ids, mask, strict=True))]
+        yield Example(ids, labels, item.origin)
 
 
-def _seq2seq(items: list[Any], tokenizer: PreTrainedTokenizerBase) -> Raw:
-    def encode(pair: Pair, n: int | None) -> Example:
-        room: dict[str, Any] = {"truncation": n is not None, "max_length": n, "verbose": False}
-        ids = tokenizer(pair.source, **room)["input_ids"]
-        labels = tokenizer(text_target=pair.target, **room)["input_ids"]
-        if tokenizer.eos_token_id is not None and labels[-1:] != [tokenizer.eos_token_id]:
-            labels = [*labels[: None if n is None else n - 1], tokenizer.eos_token_id]
-        return Example(ids, labels, pair.origin)
-
-    for item in items:
-        yield encode(item, None), lambda n, item=item: encode(item, n)
+Ids = dict[str, int]
 
 
-def _classes(items: list[Any], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> Raw:
-    def encode(item: Labelled, n: int | None, label: int) -> Example:
-        ids = tokenizer(item.text, item.pair, truncation=n is not None, max_length=n, verbose=False)["input_ids"]
-        return Example(ids, [label], item.origin)
-
-    ids = _label_ids(items, names, lambda item: [item.label])
-    for item, (label,) in zip(items, ids, strict=True):
-        yield encode(item, None, label), lambda n, item=item, label=label: encode(item, n, label)
+def _cut(_: PreTrainedTokenizerBase, __: Ids, whole: Example, n: int) -> Example:
+    return Example(whole.input_ids[:n], whole.labels[:n], whole.origin)
 
 
-def _tags(items: list[Any], tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> Raw:
-    def encode(item: Tagged, n: int | None, tags: list[int]) -> Example:
-        out = tokenizer(item.tokens, is_split_into_words=True, truncation=n is not None, max_length=n, verbose=False)
-        words = out.word_ids()
-        first = [word is not None and (i == 0 or words[i - 1] != word) for i, word in enumerate(words)]
-        labels = [tags[word] if new else IGNORED for word, new in zip(words, first, strict=True)]
-        return Example(out["input_ids"], labels, item.origin)
+# The others tokenise again to be cut: special tokens at the end of an encoder's input must survive.
+def _seq2seq(tokenizer: PreTrainedTokenizerBase, _: Ids, item: Pair, n: int | None) -> Example:
+    room: dict[str, Any] = {"truncation": n is not None, "max_length": n, "verbose": False}
+    labels = tokenizer(text_target=item.target, **room)["input_ids"]
+    if tokenizer.eos_token_id is not None and labels[-1:] != [tokenizer.eos_token_id]:
+        labels = [*labels[: None if n is None else n - 1], tokenizer.eos_token_id]
+    return Example(tokenizer(item.source, **room)["input_ids"], labels, item.origin)
 
+
+def _classes(tokenizer: PreTrainedTokenizerBase, ids: Ids, item: Labelled, n: int | None) -> Example:
+    out = tokenizer(item.text, item.pair, truncation=n is not None, max_length=n, verbose=False)
+    return Example(out["input_ids"], [ids[str(item.label)]], item.origin)
+
+
+def _tags(tokenizer: PreTrainedTokenizerBase, ids: Ids, item: Tagged, n: int | None) -> Example:
     if not tokenizer.is_fast:
         raise DeltatuneError("tagging needs a fast tokenizer: a slow one cannot say which word a token came from")
-    ids = _label_ids(items, names, lambda item: item.tags)
-    for item, tags in zip(items, ids, strict=True):
-        yield encode(item, None, tags), lambda n, item=item, tags=tags: encode(item, n, tags)
+    out = tokenizer(item.tokens, is_split_into_words=True, truncation=n is not None, max_length=n, verbose=False)
+    words = [None, *out.word_ids()]  # a tag is learned on the first token of its word
+    pairs = zip(words, words[1:], strict=False)
+    labels = [IGNORED if word in (None, last) else ids[str(item.tags[word])] for last, word in pairs]
+    return Example(out["input_ids"], labels, item.origin)
 
 
-def _names(labels: Sequence[str | int]) -> list[str]:
-    """Distinct labels: numbers in order, names by first appearance."""
-    distinct = list(dict.fromkeys(map(str, labels)))
-    return sorted(distinct, key=int) if all(name.lstrip("-").isdecimal() for name in distinct) else distinct
-
-
-def _label_ids(items: list[Any], names: Sequence[str], labels: Callable[[Any], Sequence[str | int]]) -> list[list[int]]:
-    ids, found = {name: i for i, name in enumerate(names)}, Problems()
-    for item in items:
-        for label in {*map(str, labels(item))} - ids.keys():
-            found.add(item.origin, f"unknown label {label!r} (known: {', '.join(names)}){nearest(label, ids)}")
+def _names(items: list[Any], given: Sequence[str] | None) -> list[str]:
+    """The label names: those given, else the distinct labels, numbers in order and names by first appearance."""
+    labels = [(item, str(x)) for item in items for x in ([item.label] if isinstance(item, Labelled) else item.tags)]
+    if given is None:
+        names = list(dict.fromkeys(label for _, label in labels))
+        return sorted(names, key=int) if all(name.lstrip("-").isdecimal() for name in names) else names
+    known, found = set(given), Problems()
+    for item, label in labels:
+        if label not in known:
+            found.add(item.origin, f"unknown label {label!r} (known: {', '.join(given)}){nearest(label, given)}")
     found.done()
-    return [[ids[str(label)] for label in labels(item)] for item in items]
+    return list(given)

@@ -63,7 +63,8 @@ class Template:
         """The text of ``messages``; with ``add_generation_prompt``, up to where the assistant would answer."""
         return self._jinja(tokenizer, messages, tools, add_generation_prompt, False)[0]
 
-    def spans(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None) -> tuple[str, list[Span]]:
+    def spans(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any = None
+              ) -> tuple[str, list[Span]]:  # fmt: skip
         """The rendered text and the [start, end) characters of each assistant turn, its end-of-turn token included.
 
         A template that marks them with ``{% generation %}`` is believed. Otherwise each turn is found between the
@@ -75,13 +76,13 @@ class Template:
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.render(tokenizer, messages[:index], tools) if index else ""
             prompt = self.render(tokenizer, messages[:index], tools, add_generation_prompt=True) if index else ""
-            until = self.render(tokenizer, messages[: index + 1], tools)
-            # A template may open the answer with what a finished turn lacks, such as <think>.
-            start = len(commonprefix([prompt, text]))
-            if not text.startswith(before) or start < len(before):
-                raise _rewritten(index)
+            until = self.render(tokenizer, messages[: index + 1], tools) if index + 1 < len(messages) else text
+            start = len(prompt)
+            if not text.startswith(prompt):  # it opens an answer with what a finished one lacks, such as <think>
+                start = len(commonprefix([prompt, text]))
+                if start < len(commonprefix([prompt, self.render(tokenizer, messages[:index], tools)])):
+                    raise _rewritten(index)
             end = len(until) if text.startswith(until) else self._end(text, start, until, message, index)
             stop = text[:end].rstrip()  # the newline after an end-of-turn token is no part of the answer
             spans.append((start, len(stop) if stop.endswith(tuple(tokenizer.all_special_tokens)) else end))
@@ -99,14 +100,12 @@ class Template:
 
     def _jinja(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Any, prompt: bool, mark: bool
                ) -> tuple[str, list[Span]]:  # fmt: skip
-        special = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens_map}
+        special: dict[str, Any] = {"bos_token": "", "eos_token": "", **tokenizer.special_tokens_map}
         if self.name in NAMED and not adds_bos(tokenizer):
             special["bos_token"] = ""
-        texts, spans = render_jinja_template(
-            [messages], tools, chat_template=self.source, return_assistant_tokens_mask=mark,
-            add_generation_prompt=prompt, **special,
-        )  # fmt: skip
-        return texts[0], [(start, end) for start, end in spans[0]] if mark else []
+        out: Any = render_jinja_template([messages], tools, chat_template=self.source, add_generation_prompt=prompt,
+                                         return_assistant_tokens_mask=mark, **special)  # fmt: skip
+        return out[0][0], out[1][0] if mark else []
 
 
 def _rewritten(index: int) -> TemplateError:
@@ -157,7 +156,11 @@ def tokenise(
             yield _join(tokenizer, row, whole, list(islice(parts, len(row))))
 
 
-def _pieces(row: Conversation, tokenizer: PreTrainedTokenizerBase, template: Template, train_on: TrainOn) -> list[tuple[str, bool]]:
+Pieces = list[tuple[str, bool]]
+
+
+def _pieces(row: Conversation, tokenizer: PreTrainedTokenizerBase, template: Template, train_on: TrainOn) -> Pieces:
+    """The row's text, cut where training begins or ends."""
     try:
         if train_on == "all":
             return [(template.render(tokenizer, row.messages, row.tools), True)]
@@ -168,20 +171,18 @@ def _pieces(row: Conversation, tokenizer: PreTrainedTokenizerBase, template: Tem
     return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)) if b > a]
 
 
-def _join(tokenizer: PreTrainedTokenizerBase, row: list[tuple[str, bool]], whole: list[int], parts: list[list[int]]
+def _join(tokenizer: PreTrainedTokenizerBase, pieces: Pieces, whole: list[int], parts: list[list[int]]
           ) -> tuple[list[int], list[bool]]:  # fmt: skip
-    cut = [token for part in parts for token in part]
-    mask = [trained for (_, trained), part in zip(row, parts, strict=True) for _ in part]
-    if cut == whole:
-        return whole, mask
-    # Pieces may differ from the whole by what a tokenizer puts before any text (SentencePiece's first space).
-    texts = [text for text, _ in row]
-    prefixes = _ids(tokenizer, ["".join(texts[:i]) for i in range(1, len(row))])
-    if any(whole[: len(prefix)] != prefix for prefix in prefixes):
-        return cut, mask
-    ends = [*map(len, prefixes), len(whole)]
-    starts = [0, *ends[:-1]]
-    return whole, [t for (_, t), a, b in zip(row, starts, ends, strict=True) for _ in range(a, b)]
+    ids = [token for part in parts for token in part]
+    lengths = list(map(len, parts))
+    if ids != whole:
+        # Pieces may differ from the whole by what a tokenizer puts before any text (SentencePiece's first space).
+        texts = [text for text, _ in pieces]
+        prefixes = _ids(tokenizer, ["".join(texts[:i]) for i in range(1, len(texts))])
+        if all(whole[: len(prefix)] == prefix for prefix in prefixes):
+            ends = [0, *map(len, prefixes), len(whole)]
+            ids, lengths = whole, [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    return ids, [trained for (_, trained), n in zip(pieces, lengths, strict=True) for _ in range(n)]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""Which module of which architecture is what: one table, keyed by ``config.model_type``, written as regular expressions.
+"""Which module of which architecture is what: one table of regular expressions, keyed by ``config.model_type``.
 
-Every pattern is meant for ``re.fullmatch`` on a module path and begins with an optional prefix, so it holds for the bare backbone
-and under any head class. Sublayer outputs (``o``, ``down``) are projections whose output is added to the residual by someone else,
-never a module that adds it itself or that holds the norm.
+Every pattern is meant for ``re.fullmatch`` on a module path and begins with an optional prefix, so it holds for the
+bare backbone and under any head class. Sublayer outputs (``o``, ``down``) are projections whose output someone else
+adds to the residual, never a module that adds it itself or that holds the norm.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ Layout = Callable[[Any], tuple[tuple[int, int, int], int]]
 _ANY = r"(.*\.)?"
 _NORM = rf"{_ANY}(\w*[nN]orm\w*|ln_\w+)"
 _LM = r"lm_head|score|classifier|qa_outputs"
+_ROBERTA_HEAD = rf"{_ANY}(lm_head\.(dense|decoder)|classifier(\.dense|\.out_proj)?|qa_outputs)"
+_WHISPER_HEAD = rf"{_ANY}(proj_out|projector|classifier)"
 _CONTIGUOUS: Layout = lambda c: ((1, 1, 1), 1)  # noqa: E731  [q | k | v]
 _BY_HEAD: Layout = lambda c: ((1, 1, 1), c.num_attention_heads)  # noqa: E731  [q k v] of head 0, of head 1, ...
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Patterns of one architecture; None where it has no such module. A pattern may match nothing in a given configuration.
+    """Patterns of one architecture; None where it has no such module. One may match nothing in some configurations.
 
-    ``attention`` is the module that computes attention (and passes itself to the attention function), ``cross_attention`` those among
-    them that look at an encoder. ``q, k, v`` are None where ``qkv`` is one projection; its output rows are then ``groups`` repetitions
-    of pieces of relative ``sizes``: ``layout(config) -> (sizes, groups)``. ``gate_up`` is likewise [gate | up]. ``mlp`` is None where the
-    block holds ``up`` and ``down`` itself. ``norm`` matches every norm and ``head`` every linear layer above the backbone.
-    ``backbone`` takes the token ids (or pixels, or spectrogram) and runs embeddings and blocks: the encoder of an
-    encoder-decoder; where it matches nothing the root is the backbone.
+    ``attention`` computes attention (and passes itself to the attention function), ``cross_attention`` are those that
+    look at an encoder. ``q, k, v`` are None where ``qkv`` is one projection; its output rows are then ``groups``
+    repetitions of pieces of relative ``sizes``: ``layout(config) -> (sizes, groups)``. ``gate_up`` is likewise
+    [gate | up]. ``mlp`` is None where the block holds ``up`` and ``down`` itself. ``norm`` matches every norm and
+    ``head`` every linear layer above the backbone. ``backbone`` takes the token ids (or pixels, or spectrogram) and
+    runs embeddings and blocks, an encoder-decoder's encoder; where it matches nothing, the root is the backbone.
     """
 
     block: str
@@ -68,7 +70,7 @@ _IN_BLOCK = ("attention", "cross_attention", "q", "k", "v", "qkv", "o", "mlp", "
 def _table(block: str, **fields: Any) -> Anatomy:
     """The patterns of ``_IN_BLOCK`` are written relative to the block, the others relative to any prefix."""
     prefix = {name: rf"{_ANY}{block}\." for name in _IN_BLOCK}
-    full = {n: v if callable(v) else f"{prefix.get(n, _ANY)}({v})" for n, v in fields.items()}
+    full: dict[str, Any] = {n: v if callable(v) else f"{prefix.get(n, _ANY)}({v})" for n, v in fields.items()}
     return Anatomy(block=f"{_ANY}{block}", **full)
 
 
@@ -196,9 +198,11 @@ _BERT = _table(
 )
 _DEBERTA = replace(
     _BERT,
-    **{x[0]: rf"{_BERT.block}\.attention\.self\.{x}_proj" for x in ("query", "key", "value")},
+    q=rf"{_BERT.block}\.attention\.self\.query_proj",
+    k=rf"{_BERT.block}\.attention\.self\.key_proj",
+    v=rf"{_BERT.block}\.attention\.self\.value_proj",
     # the pooler stands beside this backbone, not in it, and comes untrained
-    head=rf"{_ANY}(cls\.predictions\.(transform\.dense|decoder)|lm_predictions\.lm_head\.dense|pooler\.dense|classifier|qa_outputs)",
+    head=rf"({_BERT.head}|{_ANY}(lm_predictions\.lm_head\.dense|pooler\.dense))",
     backbone=rf"{_ANY}deberta",
 )
 _DISTILBERT = _table(
@@ -279,14 +283,12 @@ ANATOMY: Mapping[str, Anatomy] = {
     "falcon": replace(_BLOOM, layout=_falcon),
     "opt": _OPT,
     "bert": _BERT,
-    "roberta": replace(
-        _BERT, head=rf"{_ANY}(lm_head\.(dense|decoder)|classifier(\.dense|\.out_proj)?|qa_outputs)", backbone=rf"{_ANY}roberta"
-    ),
+    "roberta": replace(_BERT, head=_ROBERTA_HEAD, backbone=rf"{_ANY}roberta"),
     "deberta-v2": _DEBERTA,
     "distilbert": _DISTILBERT,
     **dict.fromkeys(("t5", "mt5"), _T5),
     "bart": _BART,
-    "whisper": replace(_BART, embedding=rf"{_ANY}decoder\.embed_tokens", head=rf"{_ANY}(proj_out|projector|classifier)"),
+    "whisper": replace(_BART, embedding=rf"{_ANY}decoder\.embed_tokens", head=_WHISPER_HEAD),
     "vit": _VIT,
     "clip": _CLIP,
     "clip_text_model": _CLIP,
@@ -295,14 +297,16 @@ ANATOMY: Mapping[str, Anatomy] = {
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """The patterns of ``model``'s architecture. Raises ``DeltatuneError`` with the nearest known types when it is unknown."""
+    """The patterns of ``model``'s architecture; an unknown one raises ``DeltatuneError`` with the nearest known."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is None:
-        raise DeltatuneError(f"{type(model).__name__} has no config.model_type, so its parts are unknown; give `targets` explicitly")
+        raise DeltatuneError(
+            f"{type(model).__name__} has no config.model_type to know it by; give `targets` explicitly"
+        )
     if kind not in ANATOMY:
         raise DeltatuneError(
-            f"the parts of model type {kind!r} are unknown{nearest(kind, ANATOMY)}; give `targets` explicitly,"
-            f" for example 'all-linear' (known: {', '.join(ANATOMY)})"
+            f"no parts are known for model type {kind!r} ({type(model).__name__}), only for {', '.join(ANATOMY)}:"
+            f" give `targets` explicitly, for example 'all-linear'{nearest(kind, ANATOMY)}"
         )
     return ANATOMY[kind]
 
@@ -313,7 +317,7 @@ def parts(model: nn.Module) -> dict[str, Select]:
     found: dict[str, Select] = {}
     for name, pattern in vars(a).items():
         if isinstance(pattern, str) and any(re.fullmatch(pattern, path) for path in paths):
-            found[name] = pattern
+            found[name] = pattern if name != "head" else _leaves(pattern, paths)
     if "qkv" in found and a.layout is not None:
         sizes, groups = a.layout(model.config)
         found |= {n: Fused(targets=a.qkv, sizes=sizes, take=(i,), groups=groups) for i, n in enumerate("qkv")}
@@ -322,6 +326,13 @@ def parts(model: nn.Module) -> dict[str, Select]:
     if "backbone" not in found and (a.embedding is None or "embedding" in found):
         found["backbone"] = ""  # the path of the root
     return found
+
+
+def _leaves(pattern: str, paths: list[str]) -> str:
+    """``classifier`` may be a linear layer, or a module that holds two: then only these two are meant."""
+    hits = [p for p in paths if re.fullmatch(pattern, p)]
+    holders = [p for p in hits if any(q.startswith(f"{p}.") for q in hits)]
+    return f"(?!({'|'.join(map(re.escape, holders))})$){pattern}" if holders else pattern
 
 
 def hidden(config: Any) -> int:
@@ -356,7 +367,7 @@ def kv_heads(config: Any, side: Side = "encoder") -> int:
 
 
 def head_dim(config: Any, side: Side = "encoder") -> int:
-    """Width of one head: stated by the configuration (where heads * head_dim need not be ``hidden``), or hidden / heads."""
+    """Width of one head: as the configuration says (heads * head_dim need not be ``hidden``), or hidden / heads."""
     c = _text(config)
     return int(getattr(c, "head_dim", None) or hidden(c) // heads(c, side))
 

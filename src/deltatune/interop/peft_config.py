@@ -1,0 +1,281 @@
+"""Configurations with the fields, defaults and files of PEFT 0.21: values to be translated, not methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from deltatune.core import DeltatuneError
+from deltatune.core.adapter import CONFIG, write_atomically
+from deltatune.core.errors import nearest
+
+VERSION = "0.21.2"  # the release whose files these are
+
+
+class TaskType(str, Enum):
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+    __str__ = str.__str__
+
+
+class PeftType(str, Enum):
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    IA3 = "IA3"
+
+    __str__ = str.__str__
+
+
+class PromptTuningInit(str, Enum):
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+class PromptEncoderReparameterizationType(str, Enum):
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+Names = list[str] | set[str] | str | None
+
+
+@dataclass
+class PeftConfig:
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or VERSION
+        if self.task_type is not None:
+            self.task_type = _member(TaskType, "task_type", self.task_type)
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if isinstance(v := getattr(self, name, None), (list, tuple)):
+                setattr(self, name, set(v))
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return isinstance(self, PromptLearningConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON: sets become sorted lists."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "runtime_config"}
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, json.dumps(self.to_dict(), indent=2, sort_keys=True).encode())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None,
+                        **kwargs: Any) -> PeftConfig:  # fmt: skip
+        """The configuration saved in a local folder, of the class that its `peft_type` names; unknown keys are dropped
+        with a warning, as they come from other releases.
+
+        Raises DeltatuneError when the file is missing, damaged, or of a method that is not offered here.
+        """
+        path = Path(pretrained_model_name_or_path) / (subfolder or "") / CONFIG
+        if not path.is_file():
+            raise DeltatuneError(f"can't find {CONFIG!r} at {path.parent}; fetch the adapter's folder first")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise DeltatuneError(f"{path}: not valid JSON ({e})") from e
+        kind = found.get("peft_type")
+        if kind not in CONFIGS:
+            raise DeltatuneError(f"{path}: peft_type {kind!r} is not offered here{nearest(str(kind), CONFIGS)}")
+        known = {f.name for f in dataclasses.fields(CONFIGS[kind])}
+        if unknown := found.keys() - known - {"deltatune", "runtime_config"}:
+            warnings.warn(f"{path}: unknown keys are ignored: {', '.join(sorted(unknown))}", stacklevel=2)
+        return CONFIGS[kind](**{k: v for k, v in found.items() if k in known})
+
+
+@dataclass
+class LoraConfig(PeftConfig):
+    """LoRA and DoRA. Fields that would change the mathematics in ways not offered here are refused when they are used."""
+
+    r: int = 8
+    target_modules: Names = None
+    exclude_modules: Names = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    megatron_config: dict[str, Any] | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: Any = None
+    loftq_config: Any = field(default_factory=dict)
+    eva_config: Any = None
+    corda_config: Any = None
+    lora_ga_config: Any = None
+    use_dora: bool = False
+    velora_config: Any = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: Any = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: Any = None
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        if self.bias not in ("none", "all", "lora_only"):
+            raise DeltatuneError(f"bias is 'none', 'all' or 'lora_only', got {self.bias!r}")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise DeltatuneError("layers_to_transform and layers_pattern need target_modules to be a list of names")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise DeltatuneError("layers_pattern needs layers_to_transform")
+
+
+@dataclass
+class AdaLoraConfig(LoraConfig):
+    rank_pattern: dict[str, Any] | None = None
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ADALORA
+        if not self.total_step or self.total_step <= 0:
+            raise DeltatuneError(f"AdaLoraConfig: give total_step, the number of training steps, got {self.total_step}")
+        if self.tinit >= self.total_step - self.tfinal:
+            raise DeltatuneError(
+                f"AdaLoraConfig: tinit {self.tinit} and tfinal {self.tfinal} leave none of {self.total_step} steps between them"
+            )
+
+
+@dataclass
+class IA3Config(PeftConfig):
+    target_modules: Names = None
+    exclude_modules: Names = None
+    feedforward_modules: Names = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.IA3
+        both = isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set)
+        if both and (stray := self.feedforward_modules - self.target_modules):  # type: ignore[operator]
+            raise DeltatuneError(f"feedforward_modules must be among target_modules; {', '.join(sorted(stray))} is not")
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PROMPT_TUNING
+        self.prompt_tuning_init = _member(PromptTuningInit, "prompt_tuning_init", self.prompt_tuning_init)
+        if self.prompt_tuning_init == PromptTuningInit.TEXT:
+            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, name):
+                    raise DeltatuneError(f"prompt_tuning_init='TEXT' needs {name}")
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    init_weights: str | None = None
+    encoder_hidden_size: int | None = None
+    prefix_projection: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.PREFIX_TUNING
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.P_TUNING
+
+
+CONFIGS: dict[str, type[PeftConfig]] = {
+    "LORA": LoraConfig,
+    "ADALORA": AdaLoraConfig,
+    "IA3": IA3Config,
+    "PROMPT_TUNING": PromptTuningConfig,
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "P_TUNING": PromptEncoderConfig,
+}
+
+
+def _member(kind: type[Enum], name: str, value: Any) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        known = [str(m.value) for m in kind]
+        raise DeltatuneError(f"{name} {value!r} is none of {', '.join(known)}{nearest(str(value), known)}") from None
+
+
+def _plain(v: Any) -> Any:
+    if isinstance(v, Enum):
+        return v.value
+    if dataclasses.is_dataclass(v) and not isinstance(v, type):
+        return dataclasses.asdict(v)
+    return sorted(v) if isinstance(v, (set, frozenset)) else list(v) if isinstance(v, tuple) else v
+
+
+def names_of(modules: Names) -> Iterable[str]:
+    return () if modules is None or isinstance(modules, str) else modules

@@ -1,0 +1,59 @@
+"""The law table: a method obeys every law on every architecture by one line here."""
+
+from __future__ import annotations
+
+import torch
+
+import deltatune as dt
+from deltatune.models.tiny import inputs, tiny
+
+ARCHITECTURES = ("llama", "gpt2", "bloom", "bert", "t5")
+METHODS = {
+    "lora": dt.LoRA(r=4),
+    "rslora": dt.LoRA(r=4, scaling="alpha/sqrt(r)"),
+    "lora on q, v": dt.LoRA(r=4, targets=dt.Part("q", "v")),
+    "lora, ranks": dt.LoRA(r=4, ranks={".*0.*": 2}, alphas={".*1.*": 3}),
+    "lora on embedding": dt.LoRA(r=4, targets=dt.Part("embedding")),
+    "dora": dt.DoRA(inner=dt.LoRA(r=4)),
+    "dora on q, v": dt.DoRA(inner=dt.LoRA(r=4), targets=dt.Part("q", "v")),
+    "ia3": dt.IA3(),
+    "bitfit": dt.BitFit(),
+    "head": dt.Tune(),
+    "lora + head": dt.Union(methods=(dt.LoRA(r=4), dt.Tune())),
+}
+REFUSED = {("bitfit", "llama"), ("bitfit", "t5")}  # no bias to train
+MOVED_AT_START: set[str] = set()  # a prompt is never neutral
+NO_SPLIT: set[str] = set()
+CASES = [(m, a) for m in METHODS for a in ARCHITECTURES if (m, a) not in REFUSED]
+
+
+def model(architecture, **overrides):
+    torch.manual_seed(0)
+    return tiny(architecture, **overrides)
+
+
+def batch(net, rows=2):
+    return inputs(net, batch=rows)
+
+
+def logits(net, given):
+    return net(**given).logits
+
+
+def perturb(adapter, seed=1, size=0.05):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_((torch.randn(p.shape, generator=g) * size).to(p.dtype))
+    return adapter
+
+
+def loss(net, given, seed=3):
+    """Cross-entropy against random labels: a gradient for everything that the logits depend on."""
+    out = logits(net, given)
+    labels = torch.randint(out.shape[-1], out.shape[:-1], generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.cross_entropy(out.float().flatten(0, -2), labels.flatten())
+
+
+def is_delta(adapter):
+    return all(isinstance(u, dt.core.Delta) for _, u in adapter.units())
