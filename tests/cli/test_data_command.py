@@ -51,7 +51,8 @@ def test_check_with_named_columns(files: Path) -> None:
 
 
 def test_show_colours_what_is_trained(files: Path) -> None:
-    result = _run("show", files / "good.jsonl", "--base", files / "base", "-n", 1, env={"FORCE_COLOR": "1", "TERM": "xterm"})
+    colours = {"FORCE_COLOR": "1", "TERM": "xterm"}
+    result = _run("show", files / "good.jsonl", "--base", files / "base", "-n", 1, env=colours)
     assert result.exit_code == 0, result.exception
     assert "\x1b[32mA lamp.<|im_end|>\x1b[0m" in result.output
     assert "Who are you?<|im_end|>" in result.output and "To shine" not in result.output
@@ -70,7 +71,7 @@ def test_show_as_json(files: Path) -> None:
 def test_show_a_classification(files: Path) -> None:
     (files / "c.jsonl").write_text('{"text": "fox", "label": "animal"}\n{"text": "lamp", "label": "thing"}\n')
     result = _run("show", files / "c.jsonl", "--base", files / "base")
-    assert result.exit_code == 0 and "fox\n→ 0" in result.output
+    assert result.exit_code == 0 and "fox\n→ animal" in result.output
 
 
 def test_show_says_what_is_wrong(files: Path) -> None:

@@ -23,9 +23,9 @@ CALL = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
     [
         ({"instruction": "q", "input": "", "output": "a"}, "alpaca", Conversation(_user("q", "a"))),
         (
-            {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["x", "y"]]},
+            {"instruction": "q", "input": "i", "output": "a", "system": "s"},
             "alpaca",
-            Conversation([SYSTEM, *_user("x", "y"), *_user("q\ni", "a", instruction="q", input="i")]),
+            Conversation([SYSTEM, *_user("q\ni", "a", instruction="q", input="i")]),
         ),
         ({"prompt": "q", "completion": "a"}, "completion", Conversation(_user("q", "a"))),
         (
@@ -90,7 +90,7 @@ def test_columns_and_format_override() -> None:
     assert normalise(_rows(row), format="text").items == [Text("other", "f.jsonl:1")]
     with pytest.raises(DataError, match="no column 'coarce'.*did you mean 'coarse'"):
         normalise(_rows(row), columns={"label": "coarce"})
-    with pytest.raises(DataError, match="unknown field 'lable'.*did you mean 'label'"):
+    with pytest.raises(DataError, match="no field 'lable'.*did you mean 'label'"):
         normalise(_rows(row), columns={"lable": "coarse"})
     with pytest.raises(DataError, match="unknown format 'alpacca'.*did you mean 'alpaca'"):
         normalise(_rows(row), format="alpacca")

@@ -87,7 +87,9 @@ def test_packed_tensors() -> None:
     assert (batch.origins, batch.tokens, batch.trained_tokens) == ([["a", "b"], ["c"]], 6, 3)
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(40, 100), st.integers(0, 9), st.integers(1, 50))
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=80), st.integers(40, 100), st.integers(0, 9), st.integers(1, 50)
+)
 def test_every_document_once_and_no_row_over_full(lengths: list[int], capacity: int, seed: int, window: int) -> None:
     bins = pack(lengths, capacity, seed, window)
     assert sorted(i for row in bins for i in row) == list(range(len(lengths)))

@@ -55,7 +55,8 @@ def test_wrapped_list_and_lines_under_the_json_suffix(tmp_path: Path) -> None:
 
 
 def test_byte_order_mark_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + _lines(ROWS[:1]).encode() + b"\n  \n" + _lines(ROWS[1:]).encode())
+    first, second = _lines(ROWS[:1]).encode(), _lines(ROWS[1:]).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + first + b"\n  \n" + second)
     rows = read(tmp_path / "a.jsonl")
     assert rows.rows == ROWS and rows.origins[1].endswith(":4")
 

@@ -71,8 +71,9 @@ def _cut(tokenizer: PreTrainedTokenizerFast, chosen: object, prompt: str) -> lis
 def test_a_template_that_marks_its_answers_is_believed(tmp_path: Path) -> None:
     path = tmp_path / "t.jinja"
     path.write_text(
-        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% endgeneration %}{{ eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     assert _trained(tiny_tokenizer(), template=str(path)) == ["Oslo.", "\n\nA lamp, and 猫 too.\n"]
     assert resolve(path, tiny_tokenizer()).render(tiny_tokenizer(), TALK.messages).startswith("<s>[system]You are")
@@ -98,7 +99,8 @@ def test_a_template_that_leaves_reasoning_out_of_earlier_turns() -> None:
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_row() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}" + CHATML
-    with pytest.raises(DataError, match=r"^f.jsonl:7: the template 'chat' cannot render.*rewrites messages\[2\].*generation"):
+    expected = r"^f.jsonl:7: the template 'chat' cannot render.*rewrites messages\[2\].*generation"
+    with pytest.raises(DataError, match=expected):
         _trained(tokenizer)
 
 
@@ -141,13 +143,13 @@ def test_first_space_of_sentencepiece_is_not_doubled() -> None:
     raw.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %} {{ m.content }}{{ eos_token }}"
-        "{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}{{ m.content }}"
+        "{{ eos_token }}{% endif %}{% endfor %}"
     )
     talk = Conversation([{"role": "user", "content": "abc"}, {"role": "assistant", "content": "hi"}])
     ((ids, mask),) = tokenise([talk], tokenizer, resolve(None, tokenizer))
-    assert ids == tokenizer("[abc] hi</s>", add_special_tokens=False)["input_ids"]
-    assert [t for t, m in zip(ids, mask, strict=True) if m] == [21, 1]
+    assert ids == tokenizer("[abc]hi</s>", add_special_tokens=False)["input_ids"]
+    assert [t for t, m in zip(ids, mask, strict=True) if m] == [vocab["h"], vocab["i"], 1]
 
 
 def test_train_on_all() -> None:

@@ -115,8 +115,8 @@ def test_an_adapter_given_as_a_base(tmp_path: Path) -> None:
 
 def test_folders_that_are_not_there(folder: Path) -> None:
     with pytest.raises(DeltatuneError, match="there is no folder .*basse; did you mean 'base'"):
-        locate(f"{folder}se".replace("base", "basse").removesuffix("se"))
-    with pytest.raises(DeltatuneError, match="is a file; name the Hugging Face folder"):
+        locate(folder.parent / "basse")
+    with pytest.raises(DeltatuneError, match="is a file; name the folder"):
         locate(folder / "config.json")
     with pytest.raises(DeltatuneError, match="there is no folder"):
         locate("./nowhere")
@@ -144,3 +144,16 @@ def test_tokenizers(folder: Path, tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(DeltatuneError, match=r"no tokenizer there \(tokenizer\.json is missing\)"):
         load_tokenizer(folder)
+
+
+def test_the_tokenizer_saved_beside_an_adapter_comes_first(folder: Path, tmp_path: Path) -> None:
+    bare, own, template = (tmp_path / name for name in ("bare", "own", "template"))
+    for place in (bare, own, template):
+        place.mkdir()
+    changed = tiny_tokenizer()
+    changed.chat_template = "{{ 'mine' }}"
+    changed.save_pretrained(own)
+    (template / "chat_template.jinja").write_text("{{ 'theirs' }}")
+    assert load_tokenizer(folder, [bare]).chat_template == tiny_tokenizer().chat_template
+    assert load_tokenizer(folder, [bare, own]).chat_template == "{{ 'mine' }}"
+    assert load_tokenizer(folder, [template]).chat_template == "{{ 'theirs' }}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.data import IGNORED, DataError, Example, build, load
+from deltatune.data import IGNORED, DataError, Encoded, Example, build, load
 
 app = typer.Typer(help="Check a data file, or show what the model is trained on.", no_args_is_help=True)
 
@@ -75,8 +75,9 @@ def show(
         return
     console = Console(highlight=False, soft_wrap=True)
     for example in shown:
-        console.print(Text(f"── {example.origin}  {len(example.input_ids)} tokens, {example.trained} trained", style="dim"))
-        console.print(_coloured(example, tokenizer, encoded.summary.task))
+        counts = f"{len(example.input_ids)} tokens, {example.trained} trained"
+        console.print(Text(f"── {example.origin}  {counts}", style="dim"))
+        console.print(_coloured(example, tokenizer, encoded))
     console.print(Text(str(encoded.summary), style="bold"))
 
 
@@ -110,11 +111,12 @@ def _row(example: Example, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _coloured(example: Example, tokenizer: Any, task: str) -> Text:
+def _coloured(example: Example, tokenizer: Any, encoded: Encoded) -> Text:
+    task = encoded.summary.task
     text = Text()
     if task in ("classification", "seq2seq"):
         text.append(tokenizer.decode(example.input_ids))
-        answer = tokenizer.decode(example.labels) if task == "seq2seq" else str(example.labels[0])
+        answer = tokenizer.decode(example.labels) if task == "seq2seq" else encoded.id2label[example.labels[0]]
         return text.append("\n→ ").append(answer, style="green")
     pairs = zip(example.input_ids, example.labels, strict=True)
     for trained, run in groupby(pairs, key=lambda pair: pair[1] != IGNORED):

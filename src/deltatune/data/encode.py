@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,8 +114,10 @@ def build(
     if used and template is None and used.name != "chat":
         notes.append(f"the tokenizer has no chat template, so {used.name} was taken")
     names = _names(items, label_names) if chosen in ("classification", "tagging") else None
-    encode = partial({"seq2seq": _seq2seq, "classification": _classes, "tagging": _tags}.get(chosen, _cut),
-                     tokenizer, {name: i for i, name in enumerate(names or [])})  # fmt: skip
+    encoders: dict[Task, Callable[..., Example]] = {
+        "causal": _cut, "seq2seq": _seq2seq, "classification": _classes, "tagging": _tags
+    }  # fmt: skip
+    encode = partial(encoders[chosen], tokenizer, {name: i for i, name in enumerate(names or [])})
     wholes = _causal(items, tokenizer, used, train_on) if chosen == "causal" else (encode(item, None) for item in items)
 
     kept: list[Example] = []

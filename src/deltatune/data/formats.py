@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Tagged:
     """Words with one tag each."""
 
     tokens: list[str]
-    tags: list[str] | list[int]
+    tags: list[str | int]
     origin: str = ""
 
 
@@ -81,8 +82,6 @@ class _Bad(Exception):
 
 
 def _text(row: Row, name: str) -> str:
-    if name not in row:
-        raise _Bad(f"field {name!r} is missing")
     if not isinstance(row[name], str):
         raise _Bad(f"field {name!r} is {_kind(row[name])}, not text")
     return row[name]
@@ -131,21 +130,11 @@ def _alpaca(row: Row, origin: str) -> Item:
     user: Message = {"role": "user", "content": f"{instruction}\n{extra}" if extra else instruction}
     if extra:  # kept apart too, for templates that have a place for it
         user |= {"instruction": instruction, "input": extra}
-    history = []
-    for index, turn in enumerate(row.get("history") or []):
-        if not (isinstance(turn, list) and len(turn) == 2):
-            raise _Bad(f"history[{index}] is not a pair of question and answer")
-        history += _turns(turn[0], "history") + _turns(turn[1], "history", "assistant")
-    return Conversation([*_system(row), *history, user, {"role": "assistant", "content": answer}], origin=origin)
+    return Conversation([*_system(row), user, {"role": "assistant", "content": answer}], origin=origin)
 
 
-def _messages(name: str) -> Callable[[Row, str], Item]:
-    def convert(row: Row, origin: str) -> Item:
-        if name not in row:
-            raise _Bad(f"field {name!r} is missing")
-        return Conversation(_system(row) + _turns(row[name], name), _tools(row), origin)
-
-    return convert
+def _messages(name: str, row: Row, origin: str) -> Item:
+    return Conversation(_system(row) + _turns(row[name], name), _tools(row), origin)
 
 
 def _completion(row: Row, origin: str) -> Item:
@@ -169,16 +158,25 @@ def _classification(row: Row, origin: str) -> Item:
     return Labelled(_text(row, "text"), _label(row.get("label"), "field 'label'"), pair, origin)
 
 
+def _list(row: Row, name: str) -> list[Any]:
+    if not isinstance(row[name], list) or not row[name]:
+        raise _Bad(f"field {name!r} is {'empty' if row[name] == [] else _kind(row[name])}, not a list")
+    return row[name]
+
+
 def _tagging(row: Row, origin: str) -> Item:
-    tokens, tags = row.get("tokens"), row.get("tags")
-    for name, value in (("tokens", tokens), ("tags", tags)):
-        if not isinstance(value, list) or not value:
-            raise _Bad(f"field {name!r} is {'empty' if value == [] else _kind(value)}, not a list")
-    if len(tokens) != len(tags):  # type: ignore[arg-type]
-        raise _Bad(f"{len(tokens)} tokens but {len(tags)} tags")  # type: ignore[arg-type]
-    if not all(isinstance(token, str) for token in tokens):  # type: ignore[union-attr]
-        raise _Bad("field 'tokens' holds something that is not text")
-    return Tagged(tokens, [_label(tag, f"tags[{i}]") for i, tag in enumerate(tags)], origin)  # type: ignore
+    tokens, tags = _list(row, "tokens"), _list(row, "tags")
+    if len(tokens) != len(tags) or not all(isinstance(token, str) for token in tokens):
+        raise _Bad(f"{len(tokens)} tokens but {len(tags)} tags" if len(tokens) != len(tags) else "a token is not text")
+    return Tagged(tokens, [_label(tag, f"tags[{i}]") for i, tag in enumerate(tags)], origin)
+
+
+def _pair(row: Row, origin: str) -> Item:
+    return Pair(_text(row, "source"), _text(row, "target"), origin)
+
+
+def _plain(row: Row, origin: str) -> Item:
+    return Text(_text(row, "text"), origin)
 
 
 @dataclass(frozen=True)
@@ -194,20 +192,19 @@ class Format:
 
     def rename(self, row: Row) -> Row:
         """The row with every field under its own name, where the row calls it otherwise."""
-        found = {}
-        for names in self.required + self.optional:
-            name = next((name for name in names if name in row), None)
-            if name is not None and name != names[0]:
-                found[names[0]] = row[name]
-        return {**row, **found} if found else row
+        every = self.required + self.optional
+        found = {names[0]: row[name] for names in every for name in reversed(names) if name in row}
+        return {**row, **found}
 
 
 # From the most particular columns to the least: the first that fits most rows is taken.
 FORMATS: dict[str, Format] = {
     "preference": Format(_preference, (("prompt", "question"), ("chosen",), ("rejected",)), (("system",),)),
-    "messages": Format(_messages("messages"), (("messages",),), (("system",), ("tools",))),
-    "sharegpt": Format(_messages("conversations"), (("conversations", "conversation"),), (("system",), ("tools",))),
-    "alpaca": Format(_alpaca, (("instruction",), ("output", "response")), (("input", "context"), ("system",), ("history",))),
+    "messages": Format(partial(_messages, "messages"), (("messages",),), (("system",), ("tools",))),
+    "sharegpt": Format(partial(_messages, "conversations"), (("conversations", "conversation"),),
+                       (("system",), ("tools",))),
+    "alpaca": Format(_alpaca, (("instruction",), ("output", "response")),
+                     (("input", "context"), ("system",))),
     "completion": Format(_completion, (("prompt",), ("completion", "response")), (("system",), ("tools",))),
     "tagging": Format(_tagging, (("tokens", "words"), ("tags", "ner_tags", "pos_tags", "labels"))),
     "classification": Format(
@@ -215,8 +212,8 @@ FORMATS: dict[str, Format] = {
         (("text", "sentence", "sentence1", "premise", "question1"), ("label", "labels")),
         (("text_pair", "sentence2", "hypothesis", "question2"),),
     ),
-    "pairs": Format(lambda r, o: Pair(_text(r, "source"), _text(r, "target"), o), (("source", "input"), ("target", "output"))),
-    "text": Format(lambda row, origin: Text(_text(row, "text"), origin), (("text", "content"),)),
+    "pairs": Format(_pair, (("source", "input"), ("target", "output"))),
+    "text": Format(_plain, (("text", "content"),)),
 }  # fmt: skip
 
 
@@ -257,12 +254,13 @@ def normalise(
     ``columns`` maps a field of the format to the column that holds it, ``{"text": "question"}``. Raises one
     `DataError` naming up to ``limit`` bad rows (with those already in ``problems``)."""
     found = problems if problems is not None else Problems(limit)
-    if format is not None and format not in FORMATS:
-        raise DataError(f"{rows.source}: unknown format {format!r} (known: {', '.join(FORMATS)}){nearest(format, FORMATS)}")
-    if columns:
-        rows = _mapped(rows, columns, format)
     if not rows.rows:
         found.done()
+    if format is not None and format not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise DataError(f"{rows.source}: unknown format {format!r} (known: {known}){nearest(format, FORMATS)}")
+    if columns:
+        rows = _mapped(rows, columns, [FORMATS[format]] if format else list(FORMATS.values()))
     name = format or recognise(rows)
     chosen = FORMATS[name]
     if not any(map(chosen.fits, rows.rows)):
@@ -273,8 +271,8 @@ def normalise(
         )
     items = []
     for origin, row in rows:
+        renamed = chosen.rename(row)
         try:
-            renamed = chosen.rename(row)
             for names in chosen.required:
                 if names[0] not in renamed:
                     raise _Bad(f"field {names[0]!r} is missing")
@@ -299,30 +297,25 @@ def load(
     return normalise(rows, format=format, columns=columns, problems=problems)
 
 
-def _mapped(rows: Rows, columns: Mapping[str, str], format: str | None) -> Rows:
-    formats = [FORMATS[format]] if format else list(FORMATS.values())
-    fields = {names[0] for known in formats for names in known.required + known.optional}
-    for name, column in columns.items():
-        if name not in fields:
-            raise DataError(f"columns: unknown field {name!r} (known: {', '.join(sorted(fields))}){nearest(name, fields)}")
-        if column not in rows.columns:
-            raise DataError(
-                f"columns: {rows.source} has no column {column!r}, only {', '.join(rows.columns)}"
-                f"{nearest(column, rows.columns)}"
-            )
-    return Rows(rows.source, [_take(row, columns) for row in rows.rows], rows.origins)
-
-
-def _take(row: Row, columns: Mapping[str, str]) -> Row:
-    taken = {name: row[column] for name, column in columns.items() if column in row}
-    return {**{k: v for k, v in row.items() if k not in columns.values()}, **taken}
+def _mapped(rows: Rows, columns: Mapping[str, str], formats: list[Format]) -> Rows:
+    fields = sorted({names[0] for known in formats for names in known.required + known.optional})
+    asked = [("field", field, fields) for field in columns]
+    for kind, name, known in asked + [("column", column, rows.columns) for column in columns.values()]:
+        if name not in known:
+            near = nearest(name, known)
+            raise DataError(f"{rows.source}: columns: no {kind} {name!r}, only {', '.join(known)}{near}")
+    mapped = []
+    for row in rows.rows:
+        rest = {k: v for k, v in row.items() if k not in columns.values()}
+        mapped.append(rest | {field: row[column] for field, column in columns.items() if column in row})
+    return Rows(rows.source, mapped, rows.origins)
 
 
 def _unknown(rows: Rows) -> str:
     fields = {name for known in FORMATS.values() for names in known.required for name in names}
-    hints = "".join(f"\n  {column!r}{nearest(column, fields, 1)}" for column in rows.columns if nearest(column, fields, 1))
-    known = "".join(f"\n  {name}: {', '.join(n[0] for n in fmt.required)}" for name, fmt in FORMATS.items())
+    hints = [f"\n  {column!r}{nearest(column, fields, 1)}" for column in rows.columns if nearest(column, fields)]
+    known = [f"\n  {name}: {', '.join(names[0] for names in each.required)}" for name, each in FORMATS.items()]
     return (
-        f"{rows.source}: the columns {', '.join(rows.columns)} fit no known format.{hints}\nKnown formats and their "
-        f"fields:{known}\nSet columns to say which column holds which field, such as {{prompt: {(rows.columns or ['question'])[0]}}}"
+        f"{rows.source}: the columns {', '.join(rows.columns)} fit no known format.{''.join(hints)}\nKnown formats and "
+        f"their fields:{''.join(known)}\nSet columns to say which column holds which field, such as {{text: question}}"
     )

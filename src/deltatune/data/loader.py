@@ -13,7 +13,7 @@ from deltatune.data.encode import Example, Task
 from deltatune.data.packing import Batch, pack, packed, padded
 
 T = TypeVar("T")
-_GROUP = 50  # batches sorted by length at a time
+_GROUP = 1024  # examples sorted by length at a time
 
 
 class Batches:
@@ -48,12 +48,11 @@ class Batches:
         self.lengths = [len(example) for example in examples]
         longest = max(self.lengths)
         self.capacity = min(max_length or longest, tokens_per_batch or max_length or longest)
-        over = longest > self.capacity if packing else tokens_per_batch is not None and longest > tokens_per_batch
-        if over:
-            origin = examples[self.lengths.index(longest)].origin
+        place, most = ("a row", self.capacity) if packing else ("a batch", tokens_per_batch or longest)
+        if longest > most:
             raise DeltatuneError(
-                f"{origin}: {longest} tokens do not fit into {'a row' if packing else 'a batch'} of "
-                f"{self.capacity if packing else tokens_per_batch}; raise tokens_per_batch, or cut rows by max_length"
+                f"{examples[self.lengths.index(longest)].origin}: {longest} tokens do not fit into {place} of {most}; "
+                "raise tokens_per_batch, or cut rows by max_length"
             )
         self.examples, self.pad, self.task, self.packing, self.side = examples, pad, task, packing, side
         self.tokens_per_batch, self.batch_size, self.group_by_length = tokens_per_batch, batch_size, group_by_length
@@ -117,33 +116,32 @@ class Batches:
         random = Random(f"{self.seed}:{epoch}")
         if self.packing:
             rows = pack(self.lengths, self.capacity, random.randrange(2**32))
-            size = self.batch_size or max(1, self.tokens_per_batch // self.capacity)  # type: ignore[operator]
-            plan = [rows[i : i + size] for i in range(0, len(rows), size)]
+            plan = list(self._cut(rows, [self.capacity] * len(rows)))
         else:
             order = list(range(len(self.lengths)))
             random.shuffle(order)
             if self.group_by_length:
-                size = _GROUP * (self.batch_size or max(1, self.tokens_per_batch // max(self.lengths)))  # type: ignore[operator]
-                groups = [sorted(order[i : i + size], key=self.lengths.__getitem__) for i in range(0, len(order), size)]
-                order = [index for group in groups for index in group]
-            plan = [[[index] for index in batch] for batch in self._cut(order)]
+                order = [i for at in range(0, len(order), _GROUP) for i in self._sorted(order[at : at + _GROUP])]
+            plan = list(self._cut([[index] for index in order], [self.lengths[index] for index in order]))
             if self.group_by_length:
                 random.shuffle(plan)
         if not whole and len(plan) % self.world:
             plan = plan[: len(plan) // self.world * self.world] or (plan * self.world)[: self.world]
         return plan
 
-    def _cut(self, order: list[int]) -> Iterator[list[int]]:
-        batch: list[int] = []
+    def _sorted(self, indices: list[int]) -> list[int]:
+        return sorted(indices, key=self.lengths.__getitem__)
+
+    def _cut(self, rows: list[list[int]], lengths: list[int]) -> Iterator[list[list[int]]]:
+        """Consecutive rows, as many as fit into a batch once padded to the longest of them."""
+        batch: list[list[int]] = []
         longest = 0
-        for index in order:
-            grown = max(longest, self.lengths[index])
-            full = len(batch) == self.batch_size if self.batch_size else grown * (len(batch) + 1) > self.tokens_per_batch  # type: ignore[operator]
-            if batch and full:
+        for row, length in zip(rows, lengths, strict=True):
+            longest, size = max(longest, length), len(batch) + 1
+            if batch and (size > self.batch_size if self.batch_size else longest * size > (self.tokens_per_batch or 0)):
                 yield batch
-                batch, grown = [], self.lengths[index]
-            batch.append(index)
-            longest = grown
+                batch, longest = [], length
+            batch.append(row)
         yield batch
 
     def _collate(self, rows: list[list[int]]) -> Batch:

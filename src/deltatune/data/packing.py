@@ -100,7 +100,8 @@ def padded(examples: Sequence[Example], pad: int, task: Task = "causal", side: s
 def attention_mask_4d(segments: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """``segments`` [b, T] to an additive causal mask [b, 1, T, T]: 0 within a document, the least number elsewhere."""
     same = (segments[:, :, None] == segments[:, None, :]).tril()
-    return torch.zeros(same.shape, dtype=dtype, device=segments.device).masked_fill(~same, torch.finfo(dtype).min)[:, None]
+    open_ = torch.zeros(same.shape, dtype=dtype, device=segments.device)
+    return open_.masked_fill(~same, torch.finfo(dtype).min)[:, None]
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 from deltatune.core.errors import DeltatuneError, nearest
 
@@ -139,11 +139,12 @@ def _json(path: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
         if error.msg == "Extra data":  # JSON lines under the wrong suffix, as many hub files are
             yield from _lines(path, problems)
         else:
-            line = error.doc.splitlines()[error.lineno - 1 : error.lineno]
-            problems.add(f"{path}:{error.lineno}", f"not JSON ({error.msg} at column {error.colno})", "".join(line))
+            shown = "".join(error.doc.splitlines()[error.lineno - 1 : error.lineno])
+            problems.add(f"{path}:{error.lineno}", f"not JSON ({error.msg} at column {error.colno})", shown)
         return
     except _NotUtf8 as error:
-        problems.add(_at(path, raw, error), str(error))
+        line = raw.count(b"\n", 0, error.offset) + 1
+        problems.add(f"{path}:{line}", str(error))
         return
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
@@ -151,11 +152,6 @@ def _json(path: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
         raise DataError(f'{path}: expected a list of objects or {{"data": [...]}}, found {_kind(value)}')
     for index, row in enumerate(value):
         yield from _checked(f"{path}[{index}]", row, problems)
-
-
-def _at(path: Path, raw: bytes, error: _NotUtf8) -> str:
-    line = raw.count(b"\n", 0, error.offset) + 1
-    return f"{path}:{line}"
 
 
 def _checked(origin: str, row: Any, problems: Problems) -> Iterator[tuple[str, Row]]:
@@ -175,7 +171,8 @@ def _csv(path: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
     try:
         text = _decode(raw)
     except _NotUtf8 as error:
-        problems.add(_at(path, raw, error), str(error))
+        line = raw.count(b"\n", 0, error.offset) + 1
+        problems.add(f"{path}:{line}", str(error))
         return
     reader = csv.reader(text.splitlines(keepends=True), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     line = 1
@@ -221,8 +218,8 @@ def _hub(name: str, split: str | None) -> Iterator[tuple[str, Row]]:
         folder = path.expanduser().parent
         if not folder.is_dir():
             raise DataError(f"{name}: no such file, and no folder {str(folder)!r} either")
-        names = [entry.name for entry in folder.iterdir()]
-        raise DataError(f"{name}: no such file in {str(folder)!r}{nearest(path.name, names)}")
+        near = nearest(path.name, [entry.name for entry in folder.iterdir()])
+        raise DataError(f"{name}: no such file in {str(folder)!r}{near}")
     import datasets
 
     dataset, _, config = name.partition(":")
@@ -237,21 +234,17 @@ def _hub(name: str, split: str | None) -> Iterator[tuple[str, Row]]:
 def _dataset(source: str, loaded: Any, split: str | None) -> Iterator[tuple[str, Row]]:
     import datasets
 
-    if isinstance(loaded, datasets.DatasetDict):
-        chosen = split or ("train" if "train" in loaded or len(loaded) != 1 else next(iter(loaded)))
-        if chosen not in loaded:
-            _no_split(source, chosen, list(loaded))
-        source, loaded = f"{source}/{chosen}", loaded[chosen]
-    elif split is not None:
-        _no_split(source, split, [])
+    parts = list(loaded) if isinstance(loaded, datasets.DatasetDict) else []
+    if parts and split is None:
+        split = parts[0] if len(parts) == 1 else "train"
+    if split is not None:
+        if split not in parts:
+            has = f"it has {', '.join(parts)}" if parts else "it is not divided into splits"
+            raise DataError(f"{source}: no split {split!r}; {has}{nearest(split, parts)}")
+        source, loaded = f"{source}/{split}", loaded[split]
     names = {k: v.names for k, v in loaded.features.items() if isinstance(v, datasets.ClassLabel)}
     for index, row in enumerate(loaded):
         for column, labels in names.items():
             if isinstance(row[column], int) and 0 <= row[column] < len(labels):
                 row[column] = labels[row[column]]
         yield f"{source}[{index}]", row
-
-
-def _no_split(source: str, split: str, known: list[str]) -> Never:
-    has = f"it has {', '.join(known)}" if known else "it is not divided into splits"
-    raise DataError(f"{source}: no split {split!r}; {has}{nearest(split, known)}")

@@ -42,7 +42,7 @@ class Magnitude(Delta):
     def __init__(self, inner: Delta, site: Site) -> None:
         super().__init__()
         self.inner, self.dim = inner, 0 if isinstance(site.module, nn.Embedding) else 1
-        self.m = nn.Parameter(self.norm(site.weight.to(site.dtype)))
+        self.m = nn.Parameter(self.norm(site.weight).to(site.dtype))
 
     @torch.no_grad()
     def norm(self, w: Tensor) -> Tensor:

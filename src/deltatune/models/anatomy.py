@@ -94,30 +94,23 @@ _LLAMA = _table(
     head=_LM,
     backbone="model",
 )
-_PHI3 = _table(
-    r"layers\.\d+",
-    attention="self_attn",
-    qkv=r"self_attn\.qkv_proj",
+_PHI3 = replace(
+    _LLAMA,
+    q=None,
+    k=None,
+    v=None,
+    up=None,
+    gate=None,
+    qkv=rf"{_LLAMA.block}\.self_attn\.qkv_proj",
     layout=lambda c: ((c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads), 1),
-    o=r"self_attn\.o_proj",
-    mlp="mlp",
-    gate_up=r"mlp\.gate_up_proj",
-    down=r"mlp\.down_proj",
-    embedding="embed_tokens",
-    head=_LM,
-    backbone="model",
+    gate_up=rf"{_LLAMA.block}\.mlp\.gate_up_proj",
 )
-_PHI = _table(
-    r"layers\.\d+",
-    attention="self_attn",
-    **_QKV,
-    o=r"self_attn\.dense",
-    mlp="mlp",
-    up=r"mlp\.fc1",
-    down=r"mlp\.fc2",
-    embedding="embed_tokens",
-    head=_LM,
-    backbone="model",
+_PHI = replace(
+    _LLAMA,
+    o=rf"{_LLAMA.block}\.self_attn\.dense",
+    up=rf"{_LLAMA.block}\.mlp\.fc1",
+    gate=None,
+    down=rf"{_LLAMA.block}\.mlp\.fc2",
 )
 _GPT2 = _table(
     r"h\.\d+",

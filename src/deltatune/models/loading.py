@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -23,9 +23,7 @@ TASKS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model",
-)  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
 def to_dtype(name: str | torch.dtype) -> torch.dtype | None:
@@ -47,16 +45,16 @@ def locate(base: str | Path) -> str:
     if path.is_dir():
         return str(path)
     if path.exists():
-        raise DeltatuneError(f"base: {text} is a file; name the Hugging Face folder that holds config.json and {WEIGHTS}")
+        raise DeltatuneError(f"base: {text} is a file; name the folder that holds config.json and {WEIGHTS}")
     if isinstance(base, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DeltatuneError(f"base: there is no folder {text}{nearest(path.name, around)}")
+        near = nearest(path.name, [p.name for p in path.parent.glob("*")])
+        raise DeltatuneError(f"base: there is no folder {text}{near}")
     return text
 
 
 def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.dtype = "auto",
               labels: Sequence[str] | int | None = None) -> PreTrainedModel:  # fmt: skip
-    """The model of `base` with the head for `task` (a key of `TASKS`; by default the language model's own), in `eval` mode.
+    """The model of `base` with the head for `task` (a key of `TASKS`; by default its language model's), in `eval` mode.
 
     `labels`, their names or number, size the head of a classifier, which starts untrained where the base has none.
     Raises DeltatuneError when the folder is incomplete (naming the file), the architecture is unknown or has no such
@@ -69,7 +67,7 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
     task = task or ("seq2seq" if config.is_encoder_decoder else "causal")
     head = getattr(transformers, TASKS[task])
     if type(config) not in head._model_mapping:
-        raise DeltatuneError(f"base: {base}: {config.model_type!r} has no head for task {task!r}; choose another base or task")
+        raise DeltatuneError(f"base: {base}: {config.model_type!r} has no head for task {task!r}; choose another")
     if labels is not None:
         names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
@@ -79,26 +77,29 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
             ignore_mismatched_sizes=labels is not None,
         )  # fmt: skip
     except SafetensorError as error:
-        raise DeltatuneError(f"base: {base}: its weights are damaged ({error}); copy or download them again") from error
+        raise DeltatuneError(f"base: {base}: its weights are damaged ({error}); copy them again") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise DeltatuneError(f"base: {base} cannot be loaded: {_first_line(error)}{_remedy(where)}") from error
     if (missing := sorted(info["missing_keys"])) and task in ("causal", "seq2seq"):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise DeltatuneError(f"base: {base}: its weights lack {', '.join(missing[:3])}{more}; copy or download them again")
-    result: PreTrainedModel = model.eval()
-    return result
+        raise DeltatuneError(f"base: {base}: its weights lack {', '.join(missing[:3])}{more}; copy them again")
+    return cast(PreTrainedModel, model.eval())
 
 
-def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of `base`, padding with its end token where it has no padding token."""
-    where = locate(base)
-    folder = Path(where)
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+def load_tokenizer(base: str | Path, adapters: Sequence[str | Path] = ()) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the first of `adapters` that has one, else the base's, with the chat template saved there.
+
+    It pads with its end token where it has no padding token."""
+    own = next((Path(a) for a in adapters if any((Path(a) / name).is_file() for name in TOKENIZERS)), None)
+    where = str(own) if own is not None else locate(base)
+    if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in TOKENIZERS):
         raise DeltatuneError(f"base: {base}: no tokenizer there ({TOKENIZERS[0]} is missing)")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DeltatuneError(f"base: {base}: its tokenizer cannot be read: {_first_line(error)}{_remedy(where)}") from error
+        raise DeltatuneError(f"{where}: its tokenizer cannot be read: {_first_line(error)}{_remedy(where)}") from error
+    if own is None and (saved := next((f for a in adapters if (f := Path(a) / "chat_template.jinja").is_file()), None)):
+        tokenizer.chat_template = saved.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -107,12 +108,10 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
 def read_config(base: str | Path, *, weights: bool = False) -> PreTrainedConfig:
     """The configuration of `base`; `weights` asks that the folder hold those as well."""
     where = locate(base)
-    folder = Path(where)
-    if folder.is_dir():
-        _complete(folder, weights)
+    if Path(where).is_dir():
+        _complete(Path(where), weights)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(where)
-        return config
+        return cast(PreTrainedConfig, AutoConfig.from_pretrained(where))
     except (OSError, ValueError, KeyError) as error:
         raise DeltatuneError(f"base: {base} cannot be loaded: {_first_line(error)}{_remedy(where)}") from error
 
@@ -121,23 +120,24 @@ def _complete(folder: Path, weights: bool) -> None:
     """Raises when the folder lacks a file, or names an architecture that transformers does not have."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise DeltatuneError(f"base: {folder} is an adapter, not a base model; name its base, and give this as --adapter")
+            raise DeltatuneError(f"base: {folder} is an adapter, not a base model; give its base, and this as --adapter")
         raise DeltatuneError(f"base: {folder}: config.json is missing, so this is no Hugging Face model folder")
     config = _json(folder / "config.json")
     kind = config.get("model_type")
     if kind not in CONFIG_MAPPING:
         own = "; it needs code of its own, which is not run" if "auto_map" in config else ""
-        hint = nearest(str(kind), CONFIG_MAPPING.keys())
-        raise DeltatuneError(f"{folder / 'config.json'}: transformers knows no model_type {kind!r}{hint}{own}")
+        near = nearest(str(kind), CONFIG_MAPPING.keys())
+        raise DeltatuneError(f"{folder / 'config.json'}: transformers knows no model_type {kind!r}{near}{own}")
     if not weights:
         return
     if (folder / INDEX).is_file():
         shards = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
         if gone := [name for name in shards if not (folder / name).is_file()]:
-            raise DeltatuneError(f"base: {folder}: {len(gone)} of {len(shards)} weight files are missing: {', '.join(gone[:3])}")
+            some = f"{len(gone)} of {len(shards)} weight files are missing"
+            raise DeltatuneError(f"base: {folder}: {some}: {', '.join(gone[:3])}")
     elif not (folder / WEIGHTS).is_file():
         pickled = next((p.name for p in sorted(folder.glob("pytorch_model*.bin"))), None)
-        why = f"; {pickled} would need unpickling, which can run code: save the model again as safetensors" if pickled else ""
+        why = f"; {pickled} would need unpickling, which can run code: save it as safetensors" if pickled else ""
         raise DeltatuneError(f"base: {folder}: {WEIGHTS} is missing{why}")
 
 

@@ -92,7 +92,7 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 
 def tiny(family: str, task: str = "lm", **config_overrides: Any) -> PreTrainedModel:
-    """A model of ``family``: hidden size 32, 2 layers (BART's and Whisper's decoders 3), 4 heads, 99 tokens, ``eval`` mode.
+    """A model of ``family``: hidden size 32, 2 layers (BART's, Whisper's decoders 3), 4 heads, 99 tokens, in eval mode.
 
     ``task`` is ``lm`` (the family's natural head: causal, masked or sequence-to-sequence language model; ViT's
     classifier, CLIP's two towers, Whisper's transcriber), ``classification`` (3 labels) or ``tokens`` (3 labels a
@@ -157,6 +157,6 @@ def inputs(model: PreTrainedModel, batch: int = 2, length: int = 9, seed: int = 
     if "input_features" in accepted:
         frames = 2 * config.max_source_positions  # the encoder's second convolution has stride 2
         result["input_features"] = torch.randn(batch, config.num_mel_bins, frames, generator=generator)
-    if config.is_encoder_decoder and model.get_output_embeddings() is not None:
+    if config.is_encoder_decoder and model.get_output_embeddings() is not None:  # type: ignore[no-untyped-call]
         result["decoder_input_ids"] = ids(first=config.decoder_start_token_id)
     return result

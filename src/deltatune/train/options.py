@@ -29,7 +29,7 @@ class TrainOptions(BaseModel):
     """Optimizer steps, in place of `epochs`."""
     lr: Annotated[float, Field(gt=0)] = 2e-4
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: Annotated[int, Field(ge=0)] | Fraction = 0.03
+    warmup: int | float = 0.03
     """A whole number: steps. A fraction below 1: that share of all steps, rounded up."""
     tokens_per_step: Count | None = None
     """Tokens per optimizer step, over all micro-batches and processes; 8192 unless `batch_size` is given."""
@@ -69,9 +69,11 @@ class TrainOptions(BaseModel):
         for one, other in (("epochs", "max_steps"), ("tokens_per_step", "batch_size")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} say the same thing twice; give one of them")
+        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
+            raise ValueError(f"warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
         step, batch = self.tokens_per_step or TOKENS_PER_STEP, self.tokens_per_batch
         if self.batch_size is None and batch is not None and batch > step:
-            raise ValueError(f"tokens_per_batch ({batch}) is more than tokens_per_step ({step}); lower it or raise that")
+            raise ValueError(f"tokens_per_batch ({batch}) is more than tokens_per_step ({step}); lower it")
         return self
 
     def check(self, *, evaluates: bool, output: Path | None) -> None:
@@ -83,7 +85,7 @@ class TrainOptions(BaseModel):
             if getattr(self, name) and output is None:
                 raise DeltatuneError(f"train.{name} has no effect without an output folder; give one, or leave it out")
         if self.keep == "best" and not (evaluates and output):
-            raise DeltatuneError("train.keep: best needs evaluation data and an output folder; give both, or leave it out")
+            raise DeltatuneError("train.keep: best needs evaluation data and an output folder; give them, or drop it")
 
     def batching(self, capacity: int, world: int = 1) -> dict[str, int]:
         """The size of a micro-batch, as an argument of `Batches`: `tokens_per_batch`, or `batch_size` in rows.
@@ -91,7 +93,7 @@ class TrainOptions(BaseModel):
         capacity: tokens of the longest row. Rows per step stay exact: they are split into equal micro-batches."""
         if self.batch_size is None:
             share = (self.tokens_per_step or TOKENS_PER_STEP) // world
-            return {"tokens_per_batch": max(self.tokens_per_batch or share, capacity)}
+            return {"tokens_per_batch": self.tokens_per_batch or max(share, capacity)}
         if self.batch_size % world:
             raise DeltatuneError(f"train.batch_size: {self.batch_size} rows cannot be shared by {world} processes")
         rows = self.batch_size // world
@@ -109,8 +111,8 @@ class TrainOptions(BaseModel):
                     f"from {batches.world} processes; make the batches with options.batching()"
                 )
             return self.batch_size // rows
-        held = batches.tokens_per_batch or (batches.batch_size or 1) * batches.capacity
-        return max(1, round((self.tokens_per_step or TOKENS_PER_STEP) / (held * batches.world)))
+        budget = batches.tokens_per_batch or (batches.batch_size or 1) * batches.capacity
+        return max(1, round((self.tokens_per_step or TOKENS_PER_STEP) / (budget * batches.world)))
 
     def count(self, batches: Batches) -> tuple[int, int]:
         """(optimizer steps, micro-batches of one process) in the whole run."""

@@ -1,0 +1,144 @@
+"""A base model with its adapters, ready to answer: what `chat`, `generate`, `merge` and `export` share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+import deltatune.interop  # noqa: F401  teaches `load` PEFT's format
+from deltatune.core import DeltatuneError, PerRow, load, nearest, using
+from deltatune.data import Template, read, resolve
+from deltatune.data.readers import Problems
+from deltatune.models.loading import load_base, load_tokenizer
+from deltatune.train.merged import stop_tokens
+
+Message = dict[str, Any]
+Base = Annotated[str | None, typer.Argument(help="A folder, a hub name or 'default'; else the one that the adapter names.")]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="A saved adapter, DIR or NAME=DIR; may be repeated.")]
+System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
+Tokens = Annotated[int, typer.Option(help="The longest answer.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0)]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens with this much probability.", min=0, max=1)]
+Seed = Annotated[int, typer.Option(help="Of the drawing.")]
+TemplateName = Annotated[str | None, typer.Option("--template", help="chat, human-assistant, alpaca or a Jinja file.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        if not self.temperature:
+            greedy = dict.fromkeys(("temperature", "top_p", "top_k"))  # or those of generation_config.json are warned of
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, **greedy}
+        return vars(self) | {"do_sample": True, "top_k": 0}
+
+
+@dataclass
+class Session:
+    """`names` are the attached adapters, in the order given."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: Template
+    names: list[str]
+
+    def adapter(self, name: str) -> str:
+        if name not in self.names:
+            have = f"there is {', '.join(self.names)}" if self.names else "none is loaded, see --adapter"
+            raise DeltatuneError(f"no adapter is called {name!r}{nearest(name, self.names, 1)}; {have}")
+        return name
+
+    def answer(self, conversations: Sequence[list[Message]], names: Sequence[str | None], sampling: Sampling,
+               streamer: TextStreamer | None = None) -> list[str]:  # fmt: skip
+        """The answers to a batch of conversations, each under its own adapter; None is the base alone."""
+        texts = [self.template.render(self.tokenizer, c, add_generation_prompt=True) for c in conversations]
+        batch = self.tokenizer(
+            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)  # fmt: skip
+        given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        with self._under(names):
+            out = self.model.generate(  # type: ignore[operator]
+                **given, **sampling.options(), streamer=streamer, pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=stop_tokens(self.model, self.tokenizer),
+            )  # fmt: skip
+        new = out if self.model.config.is_encoder_decoder else out[:, given["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _under(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        if not self.names:
+            return nullcontext()
+        if len(set(names)) == 1:
+            return using(self.model, *(name for name in names[:1] if name is not None))
+        return using(self.model, router=PerRow(names))
+
+
+def open_session(base: str | None, adapters: Sequence[str] | None, *, template: str | None = None, dtype: str = "auto"
+                 ) -> Session:  # fmt: skip
+    """Load `base` and every adapter (`DIR` or `NAME=DIR`) onto it; where tokenizer or template lie beside an adapter, they count."""
+    pairs = named(adapters or [])
+    folders = list(pairs.values())
+    base = base or base_of(folders)
+    tokenizer = load_tokenizer(base, folders)
+    model = load_base(base, dtype=dtype)
+    if (room := model.get_input_embeddings().weight.shape[0]) < len(tokenizer):
+        raise DeltatuneError(f"base: {base}: the tokenizer has {len(tokenizer)} tokens, the model {room}; they do not belong together")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    for name, folder in pairs.items():
+        load(model, folder, name)
+    return Session(model, tokenizer, resolve(template, tokenizer), list(pairs))
+
+
+def named(adapters: Sequence[str]) -> dict[str, Path]:
+    """Name -> folder, for each `DIR` (named as its folder is) or `NAME=DIR`."""
+    found: dict[str, Path] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        path = Path(folder if equals else given).expanduser()
+        if not (path / "adapter_config.json").is_file():
+            raise DeltatuneError(f"adapter: {path}: no adapter_config.json there, so this is not a saved adapter")
+        name = name if equals else path.resolve().name.replace(".", "-")
+        if name in found:
+            raise DeltatuneError(f"adapter: {name!r} names both {found[name]} and {path}; tell them apart with NAME=DIR")
+        found[name] = path
+    return found
+
+
+def base_of(adapters: Sequence[Path]) -> str:
+    """The base that the first adapter was trained on, as it says itself."""
+    for folder in adapters:
+        if base := json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path"):
+            return str(base)
+    where = f"{adapters[0]} does not say which base it was trained on; " if adapters else ""
+    raise DeltatuneError(f"base: {where}name one, or 'default'")
+
+
+def read_prompts(file: str, system: str | None = None) -> list[tuple[str, dict[str, Any], list[Message]]]:
+    """(origin, row, conversation) of every row of a file; a row has `prompt` or `messages`. Reports all bad rows at once."""
+    problems, found = Problems(), []
+    for origin, row in read(file, problems=problems):
+        messages = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+            problems.add(origin, "field 'prompt' (text) or 'messages' (role and content each) is missing", row)
+        else:
+            found.append((origin, row, begin(system) + messages))
+    problems.done()
+    return found
+
+
+def begin(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []

@@ -1,0 +1,116 @@
+"""PEFT 0.21.2's files, `adapter_config.json` and `adapter_model.safetensors`, written and read.
+
+An adapter is written in this layout when it can be expressed there exactly, so that PEFT computes the same outputs:
+
+    LoRA, rsLoRA, DoRA      rows of fused projections become whole modules of higher rank, and so do initialisations
+                            that take a constant product off the base (PiSSA, OLoRA)
+    IA3, AdaLoRA            and prompt and prefix tuning
+    Union(…, Tune(…))       `modules_to_save`; trained biases become LoRA's `bias="all"`
+
+Other adapters keep the library's own layout.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from deltatune.core import Adapter, DeltatuneError, Method
+from deltatune.core.adapter import Written, register_encoder
+from deltatune.core.checkpoint import register_decoder
+from deltatune.core.errors import nearest
+from deltatune.interop.peft_format_adalora import decode_adalora, encode_adalora
+from deltatune.interop.peft_format_common import (
+    PREFIX,
+    Fields,
+    Piece,
+    Placed,
+    Stored,
+    Tensors,
+    assemble,
+    common_fields,
+    task_of,
+)
+from deltatune.interop.peft_format_ia3 import decode_ia3, encode_ia3
+from deltatune.interop.peft_format_lora import DEFAULTS, decode_lora, encode_lora
+from deltatune.interop.peft_format_saved import copies_of, decode_saved, encode_saved
+from deltatune.methods.adalora import AdaLoRA
+from deltatune.methods.bitfit import BitFit
+from deltatune.methods.dora import DoRA
+from deltatune.methods.ia3 import IA3
+from deltatune.methods.lora import LoRA
+from deltatune.methods.tune import Copy, Tune
+
+Encode = Callable[[nn.Module, Sequence[Method], Sequence[Placed]], tuple[Fields, Tensors] | None]
+Decode = Callable[[nn.Module, Mapping[str, Any], Stored], Piece]
+
+_ENCODE: dict[type[Method], tuple[str, Encode]] = {
+    LoRA: ("LORA", encode_lora),
+    DoRA: ("LORA", encode_lora),
+    IA3: ("IA3", encode_ia3),
+    AdaLoRA: ("ADALORA", encode_adalora),
+}
+_DECODE: dict[str, Decode] = {"LORA": decode_lora, "IA3": decode_ia3, "ADALORA": decode_adalora}
+_KNOWN = set(DEFAULTS) | {
+    "auto_mapping", "base_model_name_or_path", "deltatune", "feedforward_modules", "inference_mode", "init_ia3_weights",
+    "peft_type", "peft_version", "revision", "task_type", "runtime_config", "token_indices", "init_weights",
+    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+}  # fmt: skip
+
+
+def encode(adapter: Adapter) -> Written | None:
+    """(configuration, tensors) of the adapter as PEFT writes them; None if it cannot be expressed there."""
+    parts = adapter.method.parts()
+    main = [p for p in parts if type(p) not in (Tune, BitFit)]
+    if len({type(p) for p in main}) != 1 or type(main[0]) not in _ENCODE:
+        return None
+    peft_type, write = _ENCODE[type(main[0])]
+    places, extras = _places(adapter)
+    if not places or (written := write(adapter.model, main, places)) is None or (copies := copies_of(extras)) is None:
+        return None
+    fields, tensors = written
+    adapted = {p.path for p in places}
+    saved = encode_saved(adapter.model, copies, adapted, task_of(adapter.model), biases="bias" in fields)
+    if saved is None:
+        return None
+    beside, more, task = saved
+    config = common_fields(adapter.model, peft_type, task) | fields | beside
+    return config, {f"{PREFIX}{name}": t for name, t in {**tensors, **more}.items()}
+
+
+def _places(adapter: Adapter) -> tuple[list[Placed], list[Placed]]:
+    """The units by module: those of the method itself, and the copies of `Tune` and `BitFit`."""
+    main: dict[str, Placed] = {}
+    extra: dict[str, Placed] = {}
+    for path, module, unit, at in adapter.sites():
+        into = extra if type(getattr(unit, "inner", unit)) is Copy else main
+        into.setdefault(path, Placed(path, module, [])).units.append((unit, at))
+    return list(main.values()), list(extra.values())
+
+
+def decode(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Method, dict[str, Tensor]]:
+    """The method and its tensors, by our names, of what PEFT or `encode` wrote.
+
+    The modules are those that the tensors name. Raises DeltatuneError for a `peft_type` or a field that changes the
+    outputs in a way that is not read; warns of fields that PEFT 0.21.2 does not have.
+    """
+    kind = str(config.get("peft_type") or "")
+    if kind not in (*_DECODE, "TRAINABLE_TOKENS"):
+        known = ", ".join(sorted(_DECODE))
+        raise DeltatuneError(f"adapter_config.json: peft_type {kind!r} is not read{nearest(kind, _DECODE)} (read: {known})")
+    if strange := [k for k, v in config.items() if k not in _KNOWN and v]:
+        warnings.warn(f"adapter_config.json: PEFT 0.21.2 has no {', '.join(strange)}; read without", stacklevel=3)
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if config.get("ensure_weight_tying") and tied:
+        raise DeltatuneError("adapter_config.json: ensure_weight_tying = True on a base with tied embeddings is not supported")
+    stored = Stored(model, tensors)
+    main = [_DECODE[kind](model, config, stored)] if kind in _DECODE else []
+    inside, beside = decode_saved(model, config, stored)
+    return assemble([*inside, *main, *beside])
+
+
+register_encoder(encode)
+register_decoder(decode)

@@ -1,0 +1,150 @@
+"""What all methods in PEFT's on-disk layout share: keys, module paths, and how pieces become one method."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core import DeltatuneError, Intervention, Method, Union, layers, resolve
+from deltatune.core.select import walk
+
+PREFIX = "base_model.model."
+VERSION = "0.21.2"  # of PEFT, whose layout this is
+Fields = dict[str, Any]
+Tensors = dict[str, Tensor]
+
+HEADS = {  # what PEFT saves whole whenever the task is this one
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+@dataclass
+class Placed:
+    """A module of the base and the units that an adapter has there, as (unit, place)."""
+
+    path: str
+    module: Any
+    units: list[tuple[Intervention, str]]
+
+
+@dataclass
+class Piece:
+    """A method with its units' tensors, in the order in which `attach` will build them."""
+
+    method: Method
+    units: list[tuple[str, Tensors]]
+
+
+def assemble(pieces: Sequence[Piece]) -> tuple[Method, Tensors]:
+    """One method, and the tensors under the names of `Adapter.state_dict`; the first piece is innermost."""
+    tensors: Tensors = {}
+    number: dict[str, int] = {}
+    for piece in pieces:
+        for path, own in piece.units:
+            i = number[path] = number.get(path, -1) + 1
+            tensors |= {f"{path}.{i}.{name}".lstrip("."): t for name, t in own.items()}
+    methods = tuple(p.method for p in pieces)
+    return (methods[0] if len(methods) == 1 else Union(methods=methods)), tensors
+
+
+class Stored:
+    """The tensors of a file, taken out by the name that ends their key; what is left over is an error."""
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        by_module = {module: path for path, module in walk(model)}
+        named = model.named_modules(remove_duplicate=False)
+        self.canonical = {alias: by_module[module] for alias, module in named if module in by_module}
+        self.modules = dict(walk(model))
+        self.left = {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+        self._model = model
+
+    def take(self, *names: str) -> Tensors:
+        """Module path -> tensor, of the keys that end in one of `names`."""
+        found: Tensors = {}
+        for key in list(self.left):
+            for name in names:
+                if key.endswith(f".{name}"):
+                    found[self.path(key.removesuffix(f".{name}"), key)] = self.left.pop(key)
+                    break
+        return found
+
+    def path(self, name: str, key: str) -> str:
+        if name not in self.canonical:
+            near = difflib.get_close_matches(name, self.canonical, 1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise DeltatuneError(f"tensor {key!r}: {type(self._model).__name__} has no module {name!r}{hint}")
+        return self.canonical[name]
+
+
+def exact_targets(model: nn.Module, paths: Iterable[str]) -> str | tuple[str, ...]:
+    """A selection of exactly these modules: bare names where these suffice, else whole paths."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(path.rpartition(".")[2], []).append(path)
+    found: list[str] = []
+    for name, members in groups.items():
+        if re.fullmatch(r"\w+", name) and {m.path for m in resolve(model, name)} == set(members):
+            found.append(name)
+        else:
+            found += [re.escape(p) if "." in p else f"({re.escape(p)})" for p in members]
+    return found[0] if len(found) == 1 else tuple(found)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    return layers.layer_of(module).transposed
+
+
+def common_fields(model: nn.Module, peft_type: str, task: str | None) -> Fields:
+    """The fields of every PEFT configuration."""
+    cls = layers.plain_class(type(model))
+    auto = {"base_model_class": cls.__name__, "parent_library": cls.__module__} if task is None else None
+    return {
+        "peft_type": peft_type,
+        "task_type": task,
+        "auto_mapping": auto,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "peft_version": VERSION,
+        "revision": None,
+    }
+
+
+def task_of(model: nn.Module) -> str | None:
+    """PEFT's task for a model with a head, by the name of its class; None for others."""
+    name = layers.plain_class(type(model)).__name__
+    return next((task for ending, task in _TASKS.items() if name.endswith(ending)), None)
+
+
+def stored_like(module: nn.Module, param: str, w: Tensor) -> Tensor:
+    """`w`, (out, in), in the module's own layout."""
+    own = getattr(module, param)
+    return (w.T if is_transposed(module) and w.ndim == 2 else w).reshape(own.shape)
+
+
+def read_like(module: nn.Module, param: str, w: Tensor) -> Tensor:
+    """A tensor in the module's own layout as (out, in), a vector as it is."""
+    if is_transposed(module) and w.ndim == 2:
+        return w.T
+    return w.flatten(1) if w.ndim > 2 else w
+
+
+def frozen(module: nn.Module, param: str) -> Tensor:
+    """The base's parameter as methods see it, detached."""
+    with torch.no_grad():
+        return layers.read(module, param).detach()

@@ -1,0 +1,128 @@
+"""Prefix-Tuning: Optimizing Continuous Prompts for Generation. Li & Liang, ACL 2021. arXiv:2101.00190
+
+    attention(Q, [P_k; K], [P_v; V])          at every attention of every block               (sec. 4.2)
+    [P_k, P_v] = W_up tanh(W_down P' + b) + b_up,   P' in R^{p x d}, W_down in R^{m x d}      (sec. 4.3)
+
+Encoder, decoder and cross-attention have a P' and W_down of their own; each attention has its rows of W_up. The
+network serves training only: `flatten` then leaves P_k and P_v. Tokens keep the positions that they have without
+the prefix, and the prefix keys are not rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltatune.core import Adapter, Base, DeltatuneError, Intervention, Method, Site, Union
+from deltatune.models.prefixing import Positions, geometry, group, prepend, stack, width
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """`length` p; `hidden` m, the width of the network that makes the prefix, None to train P_k and P_v themselves."""
+
+    length: int = 16
+    hidden: int | None = None
+
+    usual = ("attention",)
+    at = ("attention",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("length", self.length), ("hidden", self.hidden)):
+            if value is not None and value < 1:
+                raise DeltatuneError(f"PrefixTuning: {name} must be at least 1, got {value}")
+
+    def parts(self) -> Sequence[Method]:
+        return self, Positions()
+
+    def shared(self, sites: Sequence[Site]) -> nn.Module | None:
+        if self.hidden is None:
+            return None
+        first = {group(s): s for s in reversed(sites)}
+        return nn.ModuleDict({g: Trunk(s, self.length, self.hidden) for g, s in first.items()})
+
+    def build(self, site: Site, shared: nn.Module | None) -> Prefix:
+        heads, dim = geometry(site)
+        if isinstance(shared, nn.ModuleDict):
+            return Prefix(Network(shared[group(site)], site, heads, dim))
+        return Prefix(Flat(*torch.randn(2, heads, self.length, dim, **site.like)))
+
+
+class Flat(nn.Module):
+    """`k`, `v` (kv heads, p, head_dim)."""
+
+    roles = {"k": "prefix", "v": "prefix"}
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        super().__init__()
+        self.k, self.v = nn.Parameter(k), nn.Parameter(v)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+
+class Trunk(nn.Module):
+    """`prefix` (p, d) and the first layer of the network."""
+
+    def __init__(self, site: Site, length: int, hidden: int) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(torch.randn(length, width(site), **site.like))
+        self.down = nn.Linear(width(site), hidden, **site.like)
+
+    def forward(self) -> Tensor:
+        return torch.tanh(self.down(self.prefix))
+
+
+class Network(nn.Module):
+    """`up`: those rows of the second layer that make the keys and values of one attention."""
+
+    def __init__(self, trunk: nn.Module, site: Site, heads: int, dim: int) -> None:
+        super().__init__()
+        self.trunk, self.heads = trunk, heads
+        self.up = nn.Linear(trunk.down.out_features, 2 * heads * dim, **site.like)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        k, v = self.up(self.trunk()).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
+        return k, v
+
+
+class Prefix(Intervention):
+    """`source()` -> P_k, P_v (kv heads, p, head_dim)."""
+
+    only_prepends = True
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source = source
+
+    def forward(self, call: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        k, v = self.source()
+        return prepend(call, k[None], v[None], None, query, key, value, mask, **kwargs)
+
+    @classmethod
+    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
+        return prepend(call, *stack([u.source() for u in units], rows), *args, **kwargs)
+
+
+@torch.no_grad()
+def flatten(adapter: Adapter) -> None:
+    """Replace the network by the keys and values that it makes, the same to the bit; what is then saved is they alone."""
+
+    def flat(method: Method) -> Method:
+        if isinstance(method, Union):
+            return replace(method, methods=tuple(map(flat, method.methods)))
+        return replace(method, hidden=None) if isinstance(method, PrefixTuning) else method
+
+    for _, unit in adapter.units():
+        if isinstance(unit, Prefix) and isinstance(unit.source, Network):
+            unit.source = Flat(*(t.clone() for t in unit.source()))
+    record = adapter.record
+    for i, part in enumerate(record.method.parts()):
+        if isinstance(part, PrefixTuning) and str(i) in record.shared:
+            del record.shared[str(i)]
+    record.method = flat(record.method)

@@ -1,0 +1,145 @@
+"""Keys and values that every query may see besides those of the tokens: what prefixes do at an attention function.
+
+They come after the rotary embedding and after the cache's update, so that no position is shifted and the cache holds
+tokens alone. Relative position biases (T5) of the added keys are 0; ALiBi goes on below position 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltatune.core.errors import DeltatuneError
+from deltatune.core.layers import plain_class
+from deltatune.core.method import Method, Site
+from deltatune.core.select import Select, walk
+from deltatune.core.units import Base, Intervention
+from deltatune.models import anatomy, attention
+from deltatune.models.prompting import accepted, arguments, positions
+
+_CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention|cross_attn")
+
+
+def group(site: Site) -> str:
+    """"encoder", "decoder" or "cross": which of a model's attentions this is."""
+    if _CROSS.search(site.path):
+        return "cross"
+    both = getattr(site.config, "is_encoder_decoder", False)
+    return "decoder" if both and re.search(r"(^|\.)decoder\.", site.path) else "encoder"
+
+
+def geometry(site: Site) -> tuple[int, int]:
+    """(key-value heads, width of a head) of the attention module at `site`; raises where keys cannot be added."""
+    if attention.computes_alone(site.module):
+        raise DeltatuneError(
+            f"{site.path} ({type(site.module).__name__}) computes attention by itself, and keys cannot be added there; "
+            "prompts, adapters and low-rank methods run on this architecture"
+        )
+    side: anatomy.Side = "encoder" if group(site) == "encoder" else "decoder"
+    return anatomy.kv_heads(site.config, side), anatomy.head_dim(site.config, side)
+
+
+def width(site: Site) -> int:
+    """Width of the residual stream."""
+    return anatomy.hidden(site.config)
+
+
+def stack(prefixes: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(k, v) of (kv heads, p_i, head_dim) each, `rows` (b,) with -1 for none -> k, v (b, kv heads, p, head_dim), slots
+    (b, p). The shorter ones stand on the right, next to the tokens."""
+    lengths = [k.shape[1] for k, _ in prefixes]
+    p = max(lengths)
+    both = [torch.stack([F.pad(t, (0, 0, p - t.shape[1], 0)) for t in pair]) for pair in prefixes]
+    kv = torch.stack([*both, torch.zeros_like(both[0])])[rows]
+    used = torch.tensor([[i >= p - n for i in range(p)] for n in lengths] + [[False] * p], device=rows.device)
+    return kv[:, 0], kv[:, 1], used[rows]
+
+
+def prepend(call: Base, k: Tensor, v: Tensor, slots: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+            mask: Tensor | None, *, position_bias: Tensor | None = None, **kwargs: Any) -> Any:  # fmt: skip
+    """Attention over [k; key], [v; value], with k, v (b or 1, kv heads, p, head_dim); `slots` (b, p): which a row sees."""
+    b, p = len(query), k.shape[2]
+    if mask is None and (slots is not None or _looks_back(call.module, query, kwargs)):
+        n, m = query.shape[2], key.shape[2]
+        mask = torch.ones(n, m, dtype=torch.bool, device=key.device)[None, None]
+        mask = mask.tril(m - n) if _looks_back(call.module, query, kwargs) else mask
+    if mask is not None:
+        mask = torch.cat(_same_batch(_columns(mask, p, slots), mask), -1)
+    if position_bias is not None:
+        kwargs["position_bias"] = F.pad(position_bias, (p, 0))
+    key, value = (torch.cat([t.to(own.dtype).expand(b, -1, -1, -1), own], 2) for t, own in ((k, key), (v, value)))
+    return call(query, key, value, mask, **kwargs)
+
+
+def _looks_back(module: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether without a mask the attention function would be causal."""
+    causal = kwargs.get("is_causal")
+    return query.shape[2] > 1 and bool(getattr(module, "is_causal", True) if causal is None else causal)
+
+
+def _columns(mask: Tensor, p: int, slots: Tensor | None) -> Tensor:
+    """What `mask` (b or 1, ., queries, keys), boolean or additive, says of p added keys."""
+    if slots is None:
+        return mask.new_ones(*mask.shape[:-1], p) if mask.dtype == torch.bool else mask.new_zeros(*mask.shape[:-1], p)
+    seen = slots[:, None, None].expand(-1, *mask.shape[1:-1], -1)
+    if mask.dtype == torch.bool:
+        return seen
+    return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def _same_batch(*masks: Tensor) -> list[Tensor]:
+    b = max(map(len, masks))
+    return [m.expand(b, *m.shape[1:]) for m in masks]
+
+
+def innermost(path: str, module: nn.Module) -> bool:
+    """Whether this is a model that holds no other: the backbone, or an encoder and a decoder."""
+    return isinstance(module, PreTrainedModel) and not any(
+        isinstance(m, PreTrainedModel) for _, m in walk(module) if m is not module
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions(Method):
+    """Positions that count real tokens. Left padding would otherwise move the tokens away from keys that have no position."""
+
+    targets: Select = innermost
+
+    at = ("call",)
+
+    def build(self, site: Site, shared: nn.Module | None) -> Counted:
+        return Counted("position_ids" in accepted(plain_class(type(site.module))))
+
+
+class Counted(Intervention):
+    """`call` with `position_ids` from the mask, where the backbone takes them and they are not given."""
+
+    def __init__(self, takes: bool) -> None:
+        super().__init__()
+        self.takes = takes
+
+    def forward(self, call: Base, *args: Any, **kwargs: Any) -> Any:
+        return call(**self.counted(call.module, args, kwargs, None))
+
+    def counted(self, module: nn.Module, args: Any, kwargs: Any, rows: Tensor | None) -> dict[str, Any]:
+        """The arguments by name; rows of -1 keep the positions that the backbone would take."""
+        a = arguments(module, args, kwargs)
+        mask = a.get("attention_mask")
+        if self.takes and a.get("position_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
+            n = next(a[x] for x in ("input_ids", "inputs_embeds") if a.get(x) is not None).shape[1]
+            own = positions(module, mask)
+            if rows is not None:
+                own = torch.where((rows >= 0)[:, None], own, positions(module, torch.ones_like(mask)))
+            a["position_ids"] = own[:, -n:]
+        return a
+
+    @classmethod
+    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(**units[0].counted(call.module, args, kwargs, rows))

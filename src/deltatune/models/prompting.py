@@ -1,0 +1,191 @@
+"""Soft prompts: vectors that stand before (or among) the embedded tokens of a backbone, whatever the architecture.
+
+The backbone is called with `inputs_embeds`, mask, positions and token types that hold the prompt too, and its output is
+cut back to the tokens: heads, labels and pooling never learn of it. With a key-value cache the prompt goes in while the
+cache is empty; later the masks and positions count it, and callers go on passing those of the tokens alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltatune.core.errors import DeltatuneError
+from deltatune.core.layers import plain_class
+from deltatune.core.method import Site
+from deltatune.models.anatomy import ANATOMY, parts
+
+CLASSIFIERS = ("bert", "roberta", "deberta-v2", "distilbert")  # their first token, [CLS], is read by a pooler
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a prompt lies among the tokens of a backbone.
+
+    after: the number of tokens before it, 1 for those that begin with [CLS]. causal: whether queries only look back.
+    whole: whether the output keeps the prompt's states, as those of an encoder must for cross-attention.
+    """
+
+    after: int = 0
+    causal: bool = True
+    whole: bool = False
+
+
+def layout(site: Site) -> Layout:
+    """That of the backbone at `site`; raises DeltatuneError if it does not take embedded tokens."""
+    module, kind = site.module, getattr(site.config, "model_type", None)
+    if "inputs_embeds" not in accepted(plain_class(type(module))):
+        name = plain_class(type(module)).__name__
+        raise DeltatuneError(f"{site.path or 'the model'} ({name}) takes no embedded tokens, so it cannot be prompted")
+    if kind in CLASSIFIERS and not getattr(site.config, "is_decoder", False):
+        return Layout(after=1, causal=False)
+    encoder = kind in ANATOMY and ANATOMY[kind].encoder is not None
+    return Layout(causal=not encoder, whole=encoder and "decoder" in parts(site.model))
+
+
+@cache
+def _recorded(cls: type[nn.Module]) -> None:
+    """transformers looks up whether a model can return hidden states by its class's printed name: keep the plain one's."""
+    cls.__qualname__ = plain_class(cls).__qualname__
+
+
+@cache
+def accepted(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the arguments of a module's own forward, `self` aside."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    _recorded(type(module))
+    return {**dict(zip(accepted(plain_class(type(module))), args, strict=False)), **kwargs}
+
+
+def embed(module: Any, ids: Tensor) -> Tensor:
+    """Token ids -> the vectors that the backbone's first block (or norm) is given, the architecture's scaling included."""
+    return module.get_input_embeddings()(ids)
+
+
+def stack(prompts: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts (p_i, d), `rows` (b,) with -1 for none -> (b, p, d) with the shorter ones on the right, slots (b, p)."""
+    p = max(map(len, prompts))
+    padded = [F.pad(x, (0, 0, p - len(x), 0)) for x in prompts]
+    used = torch.tensor([[i >= p - len(x) for i in range(p)] for x in prompts] + [[False] * p], device=rows.device)
+    return torch.stack([*padded, torch.zeros_like(padded[0])])[rows], used[rows]
+
+
+def arrange(at: Layout, slots: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """slots (b, p), mask (b, n) -> for p + n places: what may be seen, the order [prompt; tokens] is put in, and which
+    tokens (b, n) come after the prompt.
+
+    A row becomes [padding; (CLS); prompt; tokens]. Unused slots go where no position is shifted: to the left padding
+    of causal models, and to the end of encoders.
+    """
+    real = mask.bool()
+    lead = real.cumsum(1)
+    behind = lead > at.after
+    place = torch.where(behind, 3, torch.where(lead > 0, 1, 0))
+    order = torch.cat([torch.where(slots, 2, 0 if at.causal else 4), place], 1).argsort(dim=1, stable=True)
+    return torch.cat([slots.to(mask.dtype), mask], 1).gather(1, order), order, behind
+
+
+def positions(module: nn.Module, mask: Tensor) -> Tensor:
+    """mask (b, n) -> (b, n): how many of its row's real tokens come before each."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0) + _first(module)
+
+
+def _first(module: nn.Module) -> int:
+    """The first position: RoBERTa's table begins after the padding token's number."""
+    own = getattr(module, "embeddings", None)
+    return own.padding_idx + 1 if hasattr(own, "create_position_ids_from_inputs_embeds") else 0
+
+
+def prompted(at: Layout, call: Any, prompt: Tensor, slots: Tensor | None, args: Any, kwargs: Any) -> Any:
+    """`call` a backbone with `prompt` (b or 1, p, d) in place; `slots` (b, p) tells which of it a row has, None for all."""
+    module, a, p = call.module, arguments(call.module, args, kwargs), prompt.shape[1]
+    past = a.get("past_key_values")
+    seen = 0 if past is None else past.get_seq_length()
+    mask, own = a.get("attention_mask"), a.get("position_ids")
+    tokens = next(a[n] for n in ("input_ids", "inputs_embeds") if a.get(n) is not None)
+    b, n = tokens.shape[:2]
+    _refuse(module, mask, None if seen else own, p, n, seen)
+    if mask is None and (slots is not None or at.after or (own is not None and not seen)):
+        mask = torch.ones(b, n + (seen - p if seen else 0), dtype=torch.long, device=tokens.device)
+    order = behind = None
+    if mask is not None:
+        slots = torch.ones(b, p, dtype=torch.bool, device=tokens.device) if slots is None else slots
+        a["attention_mask"], order, behind = arrange(at, slots, mask)
+    if own is not None:
+        shift = p if slots is None else slots.sum(1, keepdim=True)
+        if not seen:
+            assert slots is not None and behind is not None
+            before = (slots.cumsum(1) - 1 + at.after).clamp(min=0) + _first(module)
+            own = torch.cat([before, own.expand(b, -1) + shift * behind], 1).gather(1, order)
+        a["position_ids"] = own if not seen else own + shift
+    elif mask is not None and "position_ids" in accepted(plain_class(type(module))):
+        a["position_ids"] = positions(module, a["attention_mask"])[:, -n if seen else 0 :]
+    if seen:
+        return call(**a)
+    x = a["inputs_embeds"] if a.get("inputs_embeds") is not None else embed(module, a["input_ids"])
+    x = torch.cat([prompt.to(x.dtype).expand(b, -1, -1), x], 1)
+    if (types := a.get("token_type_ids")) is not None:
+        types = torch.cat([types[:, :1].expand(-1, p), types], 1)
+        a["token_type_ids"] = types if order is None else types.expand(b, -1).gather(1, order)
+    a["inputs_embeds"] = x if order is None else x.take_along_dim(order[..., None], 1)
+    out = call(**{k: v for k, v in a.items() if k != "input_ids"})
+    if at.whole:
+        return out
+    return _cut(out, p + n, torch.arange(p, p + n, device=x.device)[None] if order is None else order.argsort(1)[:, p:])
+
+
+def _refuse(module: nn.Module, mask: Any, own: Tensor | None, p: int, n: int, seen: Any) -> None:
+    name = plain_class(type(module)).__name__
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise DeltatuneError(
+            f"a prompt before {name} needs an attention_mask of one number a token, (batch, tokens); this one is made "
+            "for fixed places (packed rows, a static cache): leave it out, or use a dynamic cache"
+        )
+    if mask is not None and seen and mask.shape[1] + p > seen + n:
+        raise DeltatuneError(
+            f"attention_mask counts {mask.shape[1]} tokens, but cache and call hold {seen + n - p} beside the prompt of "
+            f"{p}: go on from a cache by passing all its tokens' mask and only the new tokens"
+        )
+    if own is not None and own.shape[1] > 1 and not torch.compiler.is_compiling():
+        real = torch.ones_like(own, dtype=torch.bool) if mask is None else mask.bool()
+        if bool(((own[:, 1:] <= own[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
+            raise DeltatuneError(
+                f"position_ids restart within a row: only the first of the packed documents would see the prompt before "
+                f"{name}; train prompts on padded rows, without packing"
+            )
+
+
+def _cut(out: Any, length: int, places: Tensor) -> Any:
+    """The tokens' part of whatever a backbone returns: states (b, length, d), attentions (b, heads, length, keys)."""
+    if isinstance(out, Tensor):
+        if out.ndim == 3 and out.shape[1] == length:
+            return out.take_along_dim(places[..., None], 1)
+        return out.take_along_dim(places[:, None, :, None], 2) if out.ndim == 4 and out.shape[2] == length else out
+    if isinstance(out, tuple):
+        return tuple(_cut(o, length, places) for o in out)
+    if isinstance(out, dict):
+        for key, value in out.items():
+            out[key] = _cut(value, length, places)
+    return out
+
+
+def widened(at: Layout, call: Any, slots: Tensor, holes: bool, args: Any, kwargs: Any) -> Any:
+    """`call` a decoder whose encoder's states hold a prompt: the mask over them is extended. `slots` (b or 1, p)."""
+    a = arguments(call.module, args, kwargs)
+    states, mask = a.get("encoder_hidden_states"), a.get("encoder_attention_mask")
+    if states is not None and (mask is not None or holes):
+        b, n = states.shape[0], states.shape[1] - slots.shape[1]
+        mask = slots.new_ones(b, n, dtype=torch.long) if mask is None else mask
+        a["encoder_attention_mask"] = arrange(at, slots.to(mask.device).expand(b, -1), mask)[0]
+    return call(**a)

@@ -1,0 +1,119 @@
+"""The loss of a batch: a sum over its trained tokens, in fp32, with logits made only where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltatune.core.errors import DeltatuneError
+from deltatune.core.slot import switch_of
+from deltatune.core.units import PerRow
+from deltatune.data.encode import IGNORED, Task
+from deltatune.data.loader import Batches
+from deltatune.data.packing import Batch
+from deltatune.train.process import Processes
+
+
+class Outcome(NamedTuple):
+    """`total` is the sum of the losses in nats, `targets` how many it is over, `correct` how many were hit."""
+
+    total: Tensor
+    targets: int
+    correct: Tensor
+
+
+def targets(batch: Batch, task: Task) -> Tensor:
+    """What each output position is to say, -100 where nothing: [b, T], or [b] for classification.
+
+    A causal position predicts the next token, so labels move by one; the last predicts nothing."""
+    return F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED) if task == "causal" else batch.labels
+
+
+def outcome(model: nn.Module, batch: Batch, task: Task) -> Outcome:
+    """Cross-entropy of `batch`, summed. Raises DeltatuneError when the model's logits do not fit the labels."""
+    wanted = targets(batch, task)
+    trained = wanted != IGNORED
+    inputs = dict(batch.inputs)
+    if task == "seq2seq" and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = _decoder_inputs(model, batch.labels)
+    with _only(model, trained if task in ("causal", "seq2seq") else None):
+        logits = model(**inputs).logits
+    if logits.shape[:-1] == wanted.shape:
+        logits = logits[trained]
+    elif logits.shape[:-1] == (1, int(trained.sum())):
+        logits = logits[0]
+    else:
+        raise DeltatuneError(
+            f"the model gives logits of shape {tuple(logits.shape)} for labels of shape {tuple(wanted.shape)}, "
+            f"which does not suit the task {task!r}; load it with the head of that task"
+        )
+    logits, wanted = logits.float(), wanted[trained]
+    total = F.cross_entropy(logits, wanted, reduction="sum")
+    return Outcome(total, len(wanted), (logits.detach().argmax(-1) == wanted).sum())
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context in which matrix products run in `dtype`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype is torch.bfloat16)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Batches, dtype: torch.dtype = torch.float32, processes: Processes | None = None
+) -> dict[str, float]:
+    """`eval_loss`, the mean over the trained tokens of one pass; for classes and tags also `eval_accuracy`.
+
+    Without dropout; the model is left in the mode it was in."""
+    processes = processes or Processes()
+    training, sums = model.training, torch.zeros(3, dtype=torch.float64)
+    model.eval()
+    try:
+        for batch in batches.once():
+            with autocast(processes.device, dtype):
+                found = outcome(model, batch.to(processes.device), batches.task)
+            sums += torch.tensor([found.total.item(), found.targets, found.correct.item()], dtype=torch.float64)
+    finally:
+        model.train(training)
+    total, count, correct = processes.sum(sums.tolist())
+    accuracy = {"eval_accuracy": correct / count} if batches.task in ("classification", "tagging") else {}
+    return {"eval_loss": total / count, **accuracy}
+
+
+@contextmanager
+def _only(model: Any, trained: Tensor | None) -> Iterator[None]:
+    """Inside, the model's head sees only the `trained` positions [b, T] of its hidden states, as [1, n, hidden].
+
+    The head is called as ever, with the adapters on it, and the model caps or scales what it returns; all of that acts
+    on each position alone. Not where rows have adapters of their own, which need the rows, nor where the hidden states
+    are not those of the labels (virtual tokens): there all logits are made."""
+    head = model.get_output_embeddings() if trained is not None and hasattr(model, "get_output_embeddings") else None
+    switch = switch_of(model)
+    if head is None or (switch is not None and isinstance(switch.active().router, PerRow)):
+        yield
+        return
+    assert trained is not None
+    places = trained.flatten().nonzero().flatten()
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].shape[:-1] != trained.shape:
+            return None
+        return args[0].flatten(0, 1).index_select(0, places)[None], *args[1:]
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise DeltatuneError(
+            f"{type(model).__name__} is no encoder-decoder language model; load one, or set the task to causal"
+        )
+    return model.prepare_decoder_input_ids_from_labels(labels=labels)
