@@ -68,12 +68,11 @@ def test_equation_on_a_plain_module() -> None:
     p = {n.rsplit(".", 1)[1]: t.detach() for n, t in adapter.named_parameters() if n.startswith("down.")}
     gain, bias = (t.detach() for n, t in adapter.named_parameters() if n.startswith("norm."))
     for row, y in zip(u, model(x), strict=True):
-        h = [gelu_tanh(float(p["down"][i] @ row + p["down_bias"][i])) for i in range(3)]
-        new = [float(row[j]) + sum(float(p["up"][j, i]) * h[i] for i in range(3)) + float(p["up_bias"][j]) for j in range(4)]
-        mean = sum(new) / 4
-        var = sum((v - mean) ** 2 for v in new) / 4
-        want = [(v - mean) / math.sqrt(var + 1e-5) * float(g) + float(b) for v, g, b in zip(new, gain, bias, strict=True)]
-        torch.testing.assert_close(y, torch.tensor(want, dtype=torch.double), atol=1e-12, rtol=0)
+        h = [gelu_tanh((p["down"][i] @ row + p["down_bias"][i]).item()) for i in range(3)]
+        add = [sum(p["up"][j, i].item() * h[i] for i in range(3)) + p["up_bias"][j].item() for j in range(4)]
+        new = row + torch.tensor(add, dtype=torch.double)
+        want = (new - new.mean()) / (new.var(correction=0) + 1e-5).sqrt() * gain + bias
+        torch.testing.assert_close(y, want, atol=1e-12, rtol=0)
 
 
 def test_an_adapter_with_zero_up_projection_does_nothing() -> None:
@@ -115,7 +114,7 @@ def test_training_moves_adapters_and_norms_only() -> None:
     losses = []
     for _ in range(4):
         loss = model(**batch, labels=batch["input_ids"]).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

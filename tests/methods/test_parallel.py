@@ -28,24 +28,25 @@ def randomise(adapter: dt.Adapter, std: float = 0.1) -> None:
 @contextmanager
 def seen(module: nn.Module, of: str = "input") -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
-    handle = module.register_forward_hook(lambda m, args, out: found.append(args[0] if of == "input" else out))
+    keep = lambda m, args, out: found.append((args[0] if of == "input" else out).clone())  # Falcon adds in place
+    handle = module.register_forward_hook(keep)
     yield found
     handle.remove()
 
 
-# family: the first block's module that reads the stream (code) and the one that reads the MLP's input (text), and its down projection
+# family: in the first block, what reads the stream (code), what reads the MLP's input (text), the down projection
 READS = {
     "llama": ("model.layers.0.post_attention_layernorm", "model.layers.0.mlp", "model.layers.0.mlp.down_proj"),
     "gemma2": ("model.layers.0.pre_feedforward_layernorm", "model.layers.0.mlp", "model.layers.0.mlp.down_proj"),
     "gpt2": ("transformer.h.0.ln_2", "transformer.h.0.mlp", "transformer.h.0.mlp.c_proj"),
-    "gpt_neox": ("gpt_neox.layers.0.post_attention_layernorm", "gpt_neox.layers.0.mlp", "gpt_neox.layers.0.mlp.dense_4h_to_h"),
+    "gpt_neox": tuple(f"gpt_neox.layers.0.{n}" for n in ("post_attention_layernorm", "mlp", "mlp.dense_4h_to_h")),
     "bloom": ("transformer.h.0.post_attention_layernorm", "transformer.h.0.mlp", "transformer.h.0.mlp.dense_4h_to_h"),
     "falcon": ("transformer.h.0.input_layernorm", "transformer.h.0.mlp", "transformer.h.0.mlp.dense_4h_to_h"),
     "opt": ("model.decoder.layers.0.final_layer_norm", "model.decoder.layers.0.fc1", "model.decoder.layers.0.fc2"),
     "bert": ("bert.encoder.layer.0.intermediate",) * 2 + ("bert.encoder.layer.0.output.dense",),
     "bart": ("model.encoder.layers.0.fc1",) * 2 + ("model.encoder.layers.0.fc2",),
     "distilbert": ("distilbert.transformer.layer.0.ffn",) * 2 + ("distilbert.transformer.layer.0.ffn.lin2",),
-    "t5": ("encoder.block.0.layer.1.layer_norm",) + ("encoder.block.0.layer.1.DenseReluDense",) + ("encoder.block.0.layer.1.DenseReluDense.wo",),
+    "t5": tuple(f"encoder.block.0.layer.1.{n}" for n in ("layer_norm", "DenseReluDense", "DenseReluDense.wo")),
 }  # fmt: skip
 
 
@@ -60,7 +61,8 @@ def test_what_is_read_and_where_it_is_added(family: str, source: str) -> None:
     randomise(adapter, 0.3)
     unit = next(u for path, _, u, _ in adapter.sites() if path == down and isinstance(u, Bottleneck))
     project = model.get_submodule(down)
-    with seen(model.get_submodule(stream if source == "code" else text)) as x, seen(project) as h, seen(project, "output") as y:
+    reader = model.get_submodule(stream if source == "code" else text)
+    with seen(reader) as x, seen(project) as h, seen(project, "output") as y:
         model(**inputs(model))
     dt.activate(model)
     with torch.no_grad():

@@ -31,7 +31,9 @@ def test_a_folder_is_loaded_as_it_is_stored_or_in_another_precision(folder: Path
     model = load_base(folder)
     assert model.dtype == torch.bfloat16 and not model.training
     assert all(torch.equal(p, stored[n]) for n, p in model.named_parameters())
-    assert load_base(str(folder), dtype="float32").dtype == load_base(folder, dtype=torch.float32).dtype == torch.float32
+    assert (
+        load_base(str(folder), dtype="float32").dtype == load_base(folder, dtype=torch.float32).dtype == torch.float32
+    )
     assert to_dtype("auto") is None
     with pytest.raises(DeltatuneError, match="'bfloat' is not auto, .*did you mean 'bfloat16'"):
         load_base(folder, dtype="bfloat")
@@ -77,7 +79,9 @@ def test_a_missing_shard_is_named(folder: Path) -> None:
 
 def test_pickled_weights_are_refused(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(DeltatuneError, match=r"model\.safetensors is missing; pytorch_model\.bin would need unpickling"):
+    with pytest.raises(
+        DeltatuneError, match=r"model\.safetensors is missing; pytorch_model\.bin would need unpickling"
+    ):
         load_base(folder)
 
 
@@ -94,7 +98,9 @@ def test_weights_that_are_cut_short_or_lack_a_tensor(folder: Path) -> None:
 
 def test_an_unknown_architecture_is_named_with_the_nearest(folder: Path) -> None:
     edit(folder / "config.json", model_type="lama")
-    with pytest.raises(DeltatuneError, match=r"config\.json: transformers knows no model_type 'lama'; did you mean .*'llama'"):
+    with pytest.raises(
+        DeltatuneError, match=r"config\.json: transformers knows no model_type 'lama'; did you mean .*'llama'"
+    ):
         load_base(folder)
     edit(folder / "config.json", auto_map={"AutoModel": "x.Y"})
     with pytest.raises(DeltatuneError, match="code of its own, which is not run"):

@@ -1,4 +1,4 @@
-"""GGUF adapters read back by the gguf package, and rearranged to Hugging Face's layout by transformers' own GGUF reader."""
+"""GGUF adapters read back by the gguf package, rearranged to Hugging Face's layout by transformers' GGUF reader."""
 
 from __future__ import annotations
 
@@ -59,9 +59,14 @@ def test_llama_file_gives_back_the_delta_once_transformers_has_undone_the_rotary
     assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
     assert fields["general.architecture"] == "llama"
     assert len(tensors) == 2 * 7 * 2
-    assert tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 32) and tensors["blk.1.attn_k.weight.lora_b"].shape == (16, 4)
+    assert tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 32) and tensors["blk.1.attn_k.weight.lora_b"].shape == (
+        16,
+        4,
+    )
     config = adapter.model.config
-    undo = LlamaTensorProcessor({"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads})
+    undo = LlamaTensorProcessor(
+        {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
+    )
     names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
              "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
     for i in range(2):
@@ -77,7 +82,9 @@ def test_the_layout_matters(tmp_path: Path) -> None:
     fields, tensors = back(write_gguf(adapter, tmp_path / "a.gguf"))
     q, v = (f"blk.0.attn_{x}.weight" for x in "qv")
     assert np.abs(change(fields, tensors, q) - expected(adapter, "model.layers.0.self_attn.q_proj")).max() > 0.1
-    np.testing.assert_allclose(change(fields, tensors, v), expected(adapter, "model.layers.0.self_attn.v_proj"), atol=1e-5)
+    np.testing.assert_allclose(
+        change(fields, tensors, v), expected(adapter, "model.layers.0.self_attn.v_proj"), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "gpt2"])
@@ -98,7 +105,9 @@ def test_bloom_heads_are_untangled(tmp_path: Path) -> None:
     undo = BloomTensorProcessor({"n_head": 4, "hidden_size": 32})
     name = "blk.1.attn_qkv.weight"
     got = undo.process(change(fields, tensors, name), name=name).weights
-    np.testing.assert_allclose(got, expected(adapter, "transformer.h.1.self_attention.query_key_value"), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        got, expected(adapter, "transformer.h.1.self_attention.query_key_value"), rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["falcon", "falcon-new", "gpt_neox"])
@@ -107,7 +116,9 @@ def test_other_fused_projections_become_queries_then_keys_then_values(family: st
     fields, tensors = back(write_gguf(adapter, tmp_path / "a.gguf"))
     path = next(p for p, *_ in adapter.sites())
     heads, kv = {"falcon": (4, 1), "falcon-new": (4, 2), "gpt_neox": (4, 4)}[family]
-    rows = expected(adapter, path).reshape(kv, heads // kv + 2, 8, 32)  # (group, queries of the group + k + v, head size, in)
+    rows = expected(adapter, path).reshape(
+        kv, heads // kv + 2, 8, 32
+    )  # (group, queries of the group + k + v, head size, in)
     want = np.concatenate([rows[:, :-2].reshape(-1, 32), rows[:, -2].reshape(-1, 32), rows[:, -1].reshape(-1, 32)])
     np.testing.assert_allclose(change(fields, tensors, "blk.0.attn_qkv.weight"), want, rtol=0, atol=1e-5)
 
@@ -125,7 +136,9 @@ def test_embedding_and_head_of_an_untied_base(tmp_path: Path) -> None:
     adapter = adapted("llama", LoRA(r=2, targets=("embed_tokens", "lm_head")), tie_word_embeddings=False)
     fields, tensors = back(write_gguf(adapter, tmp_path / "a.gguf"))
     assert tensors["token_embd.weight.lora_a"].shape == (99, 2) and tensors["token_embd.weight.lora_b"].shape == (32, 2)
-    np.testing.assert_allclose(change(fields, tensors, "token_embd.weight"), expected(adapter, "model.embed_tokens"), atol=1e-5)
+    np.testing.assert_allclose(
+        change(fields, tensors, "token_embd.weight"), expected(adapter, "model.embed_tokens"), atol=1e-5
+    )
     np.testing.assert_allclose(change(fields, tensors, "output.weight"), expected(adapter, "lm_head"), atol=1e-5)
 
 
@@ -148,12 +161,18 @@ def test_what_llama_cpp_cannot_hold_is_refused(family: str, method: object, mess
 
 
 def test_a_union_of_low_rank_deltas_in_some_blocks(tmp_path: Path) -> None:
-    method = Union(methods=(LoRA(r=2, targets="v_proj"), LoRA(r=5, targets=Layers(targets=("v_proj", "o_proj"), start=1))))
+    method = Union(
+        methods=(LoRA(r=2, targets="v_proj"), LoRA(r=5, targets=Layers(targets=("v_proj", "o_proj"), start=1)))
+    )
     adapter = adapted("llama", method)
     fields, tensors = back(write_gguf(adapter, tmp_path / "a.gguf"))
     assert len(tensors) == 2 * 3
     assert tensors["blk.1.attn_v.weight.lora_b"].shape == (16, 7)
-    for theirs, ours in (("0.attn_v", "0.self_attn.v_proj"), ("1.attn_v", "1.self_attn.v_proj"), ("1.attn_output", "1.self_attn.o_proj")):
+    for theirs, ours in (
+        ("0.attn_v", "0.self_attn.v_proj"),
+        ("1.attn_v", "1.self_attn.v_proj"),
+        ("1.attn_output", "1.self_attn.o_proj"),
+    ):
         got = change(fields, tensors, f"blk.{theirs}.weight")
         np.testing.assert_allclose(got, expected(adapter, f"model.layers.{ours}"), rtol=0, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The classic tutorial, run twice: once with `peft` imported, once with the drop-in. Nothing but the import line differs."""
+"""The classic tutorial, run twice: with `peft` imported and with the drop-in. Only the import line differs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deltatune.models.tiny import tiny
 from tiny_tokenizer import tiny_tokenizer
+
+from deltatune.models.tiny import tiny
 
 TUTORIAL = """
 import torch
@@ -58,8 +59,8 @@ set_peft_model_state_dict(model, start)
 
 def arguments(**more):
     return TrainingArguments(
-        output_dir=out, per_device_train_batch_size=2, gradient_accumulation_steps=1, logging_steps=1, num_train_epochs=2,
-        learning_rate=0.05, save_steps=4, report_to=[], use_cpu=True, seed=0, disable_tqdm=True, **more,
+        output_dir=out, per_device_train_batch_size=2, gradient_accumulation_steps=1, logging_steps=1, save_steps=4,
+        num_train_epochs=2, learning_rate=0.05, report_to=[], use_cpu=True, seed=0, disable_tqdm=True, **more,
     )
 
 def trained(model, **more):
@@ -176,15 +177,17 @@ def test_each_reads_the_others_checkpoint(runs: dict[str, SimpleNamespace], writ
 def test_best_model_comes_back(tmp_path: Path) -> None:
     """The checkpoint of the first step, here the best by decree, is put back after training went on."""
     from datasets import Dataset
-    from deltatune.interop.peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainingArguments
+
+    from deltatune.interop.peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     model = get_peft_model(tiny("llama"), LoraConfig(r=2))
     rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 4)
     options = TrainingArguments(
         output_dir=str(tmp_path), max_steps=6, eval_strategy="steps", eval_steps=1, save_steps=1, report_to=[],
-        load_best_model_at_end=True, greater_is_better=True, metric_for_best_model="eval_loss", use_cpu=True, learning_rate=0.1, lr_scheduler_type="constant", disable_tqdm=True,
+        load_best_model_at_end=True, greater_is_better=True, metric_for_best_model="eval_loss", learning_rate=0.1,
+        lr_scheduler_type="constant", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model=model, args=options, train_dataset=rows, eval_dataset=rows)
     trainer.train()

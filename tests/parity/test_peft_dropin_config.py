@@ -11,12 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils import constants
+
 from deltatune.core import DeltatuneError
 from deltatune.interop import peft as dropin
 from deltatune.models.tiny import FAMILIES, inputs, tiny
-from peft.utils import constants
 
-CONFIGS = ["LoraConfig", "AdaLoraConfig", "IA3Config", "PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+PROMPTS = ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+CONFIGS = ["LoraConfig", "AdaLoraConfig", "IA3Config", *PROMPTS]
 NEEDED = {"AdaLoraConfig": {"total_step": 10}}
 
 
@@ -68,10 +70,10 @@ def _targets(model: Any, config: Any, package: Any) -> set[tuple[str, int]]:
     found: dict[str, int] = {}
     for name, p in adapted.named_parameters():
         if p.requires_grad:
-            path = name.removeprefix("base_model.model.")
-            for mark in (".adapters.", ".lora_", ".ia3_", ".base_layer", ".modules_to_save"):
+            path = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            for mark in (".adapters.", ".lora_", ".ia3_", ".base_layer"):
                 path = path.split(mark)[0]
-            path = path.removesuffix(".bias")
+            path = path.removesuffix(".bias").removesuffix(".weight")
             found[path] = found.get(path, 0) + p.numel()
     return set(found.items())
 
@@ -116,10 +118,10 @@ SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "all-linear, any case": ("gpt2", "lm", {"target_modules": "All-Linear"}),
     "all-linear of a classifier": ("llama", "classification", {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
     "all-linear without a task": ("bert", "classification", {"target_modules": "all-linear"}),
-    "all but": ("llama", "lm", {"target_modules": "all-linear", "exclude_modules": ["gate_proj", "layers.0.mlp.up_proj"]}),
+    "all but": ("llama", "lm", {"target_modules": "all-linear", "exclude_modules": ["gate_proj", "0.mlp.up_proj"]}),
     "all but a regex": ("llama", "lm", {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"}),
     "blocks": ("llama", "lm", {"target_modules": ["q_proj"], "layers_to_transform": [1]}),
-    "a block by pattern": ("gpt2", "lm", {"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "h"}),
+    "a block": ("gpt2", "lm", {"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": "h"}),
     "embedding": ("llama", "lm", {"target_modules": ["embed_tokens", "v_proj"]}),
     "saved": ("llama", "lm", {"target_modules": "all-linear", "modules_to_save": ["lm_head", "embed_tokens"]}),
     "saved block": ("llama", "lm", {"target_modules": ["q_proj"], "modules_to_save": ["layers.1.mlp"]}),
@@ -152,7 +154,7 @@ def test_ia3_feedforward() -> None:
 
 OUTPUTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "alpha": {"r": 2, "lora_alpha": 3, "alpha_pattern": {"layers.1.self_attn.q_proj": 32}, "rank_pattern": {"v_proj": 5}},
+    "alpha": {"r": 2, "lora_alpha": 3, "alpha_pattern": {"1.self_attn.q_proj": 32}, "rank_pattern": {"v_proj": 5}},
     "rslora": {"r": 4, "use_rslora": True, "rank_pattern": {"v_proj": 2}},
     "dora": {"use_dora": True},
     "gaussian": {"init_lora_weights": "gaussian"},
@@ -176,7 +178,9 @@ def test_same_output_from_the_same_tensors(case: str) -> None:
     tensors = peft.get_peft_model_state_dict(theirs)
     ours = dropin.get_peft_model(model, ours)
     mine = dropin.get_peft_model_state_dict(ours)
-    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in tensors.items()}
+    # PEFT adds the whole of an adapted embedding
+    adapters_own = {k: v.shape for k, v in tensors.items() if "base_layer" not in k}
+    assert {k: v.shape for k, v in mine.items()} == adapters_own
     dropin.set_peft_model_state_dict(ours, tensors)
     torch.testing.assert_close(_out(ours), _out(theirs.eval()), rtol=1e-5, atol=1e-5)
     assert (_out(ours) - before).abs().max() > 1e-2
@@ -186,7 +190,7 @@ def test_same_output_from_the_same_tensors(case: str) -> None:
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "pissa", "pissa_niter_4", "olora"])
 def test_initialisations(init: bool | str) -> None:
-    """The same product s B A that PEFT starts from, or the same distribution; and the base's outputs, unless drawn at random."""
+    """The product that PEFT starts from, or the distribution; and the base's outputs, unless B is drawn at random."""
     torch.manual_seed(0)
     model = tiny("llama")
     before = _out(model)
@@ -203,11 +207,12 @@ def test_initialisations(init: bool | str) -> None:
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         if init in ("pissa", "olora"):
             torch.testing.assert_close(unit.b @ unit.a, b @ a, rtol=1e-4, atol=1e-4)
-        elif init == "pissa_niter_4":
-            torch.testing.assert_close(unit.b @ unit.a, b @ a, rtol=0.05, atol=0.05)
+        elif init == "pissa_niter_4":  # both are random; the paper wants the nearest product, and ours is as near
+            w = model.get_submodule(path).weight
+            assert (w - 2 * unit.b @ unit.a).norm() < 1.01 * (w - 2 * b @ a).norm() < w.norm()
         else:
-            assert unit.a.std() == pytest.approx(a.std().item(), rel=0.3)
-            assert unit.b.std() == pytest.approx(b.std().item(), rel=0.3, abs=1e-9)
+            assert unit.a.std().item() == pytest.approx(a.std().item(), rel=0.3)
+            assert unit.b.std().item() == pytest.approx(b.std().item(), rel=0.3, abs=1e-9)
 
 
 REFUSED: dict[str, Any] = {

@@ -29,7 +29,9 @@ METHODS = {
     "ia3": dt.IA3(),
     "adalora": dt.AdaLoRA(),
     "adalora fused rows": dt.AdaLoRA(targets=dt.Part("q", "v", "up")),
-    "two ranks at once": dt.Union(methods=(dt.LoRA(targets=dt.Part("q"), r=2), dt.LoRA(targets=dt.Part("v"), r=5, alpha=3))),
+    "two ranks at once": dt.Union(
+        methods=(dt.LoRA(targets=dt.Part("q"), r=2), dt.LoRA(targets=dt.Part("v"), r=5, alpha=3))
+    ),
     "norms": dt.Union(methods=(dt.LoRA(), dt.Tune(targets=dt.Part("norm")))),
     "head": dt.Union(methods=(dt.LoRA(), dt.Tune())),
     "ia3 head": dt.Union(methods=(dt.IA3(), dt.Tune())),
@@ -200,11 +202,13 @@ def test_what_peft_has_no_words_for_keeps_our_layout(family, method, tmp_path):
 
 
 def test_the_configuration_has_the_fields_that_peft_writes(tmp_path):
-    for method, peft_type in ((dt.LoRA(), peft.LoraConfig), (dt.IA3(), peft.IA3Config), (dt.AdaLoRA(), peft.AdaLoraConfig)):
+    pairs = (dt.LoRA(), peft.LoraConfig), (dt.IA3(), peft.IA3Config), (dt.AdaLoRA(), peft.AdaLoraConfig)
+    for method, peft_type in pairs:
         dt.attach(base("gpt2"), method).save(tmp_path / "ours")
         given = {"total_step": 9} if peft_type is peft.AdaLoraConfig else {}
         given |= {"feedforward_modules": []} if peft_type is peft.IA3Config else {}
-        peft.get_peft_model(base("gpt2"), peft_type(target_modules=["c_attn"], **given)).save_pretrained(tmp_path / "theirs")
+        theirs = peft.get_peft_model(base("gpt2"), peft_type(target_modules=["c_attn"], **given))
+        theirs.save_pretrained(tmp_path / "theirs")
         assert config_of(tmp_path / "ours").keys() - {"deltatune"} == config_of(tmp_path / "theirs").keys()
         assert tensors_of(tmp_path / "theirs").keys() <= tensors_of(tmp_path / "ours").keys()
         assert config_of(tmp_path / "ours")["fan_in_fan_out"] is True
@@ -242,9 +246,8 @@ def test_a_wrong_scaling_in_the_file_is_seen(tmp_path):
     targets=st.sets(st.sampled_from(["q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "embed_tokens"]), min_size=1),
 )
 def test_ranks_and_alphas_of_every_module_survive(r, alpha, root, ranks, alphas, targets, tmp_path):
-    method = dt.LoRA(
-        targets=tuple(targets), r=r, alpha=alpha, scaling="alpha/sqrt(r)" if root else "alpha/r", ranks=ranks, alphas=alphas
-    )
+    scaling = "alpha/sqrt(r)" if root else "alpha/r"
+    method = dt.LoRA(targets=tuple(targets), r=r, alpha=alpha, scaling=scaling, ranks=ranks, alphas=alphas)
     net = base("llama")
     given = inputs(net)
     want, _ = saved(net, method, tmp_path)

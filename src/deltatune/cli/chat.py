@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from deltatune.cli import session as shared
-from deltatune.cli.session import Message, Sampling, Session, begin, open_session
+from deltatune.cli.session import Message, Sampling, Session, begin, known, open_session
 from deltatune.core import DeltatuneError, nearest
 
 COMMANDS = {
@@ -23,11 +23,12 @@ COMMANDS = {
     "/help": "show this",
     "/quit": "end",
 }
+WORDS = [c.split()[0] for c in COMMANDS]
 
 
 @dataclass
 class Talk:
-    """`voices` answer each prompt in turn, None being the base; with several, each remembers a conversation of its own."""
+    """`voices` answer each prompt in turn, None being the base; of several, each remembers its own conversation."""
 
     session: Session
     sampling: Sampling
@@ -52,13 +53,12 @@ class Talk:
             self.heard.clear()
             self.console.print(Text("conversation forgotten", "dim"))
         elif word in ("/base", "/adapter"):
-            self.voices = [self.session.adapter(name.strip()) if word == "/adapter" else None]
+            self.voices = [known(name.strip(), self.session.names) if word == "/adapter" else None]
             self.console.print(Text(f"answering as {self.voices[0] or 'the base'}", "dim"))
         elif word == "/help":
             self.console.print("\n".join(f"{c:14} {what}" for c, what in COMMANDS.items()))
         else:
-            known = [c.split()[0] for c in COMMANDS]
-            raise DeltatuneError(f"no command {word}{nearest(word, known)}; there are {', '.join(known)}")
+            raise DeltatuneError(f"no command {word}{nearest(word, WORDS)}; there are {', '.join(WORDS)}")
 
 
 def command(
@@ -87,7 +87,7 @@ def command(
     if typed:
         import readline  # noqa: F401  line editing and history in input()
 
-        talk.console.print(Text(f"{' '.join(c.split()[0] for c in COMMANDS)}", "dim"))
+        talk.console.print(Text(" ".join(WORDS), "dim"))
     while True:
         try:
             line = input("> " if typed else "").strip()

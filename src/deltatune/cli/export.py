@@ -32,11 +32,11 @@ def command(
     dtype: shared.Dtype = "auto",
     as_json: shared.Json = False,
 ) -> None:
-    """Write ADAPTER for other programs. prompts, tolerance and dtype are those of merge, for hf."""
+    """Write ADAPTER for other programs. The options --prompts, --tolerance and --dtype are merge's, for hf."""
     if to is Form.hf:
         merge_folder(base, [adapter], output, prompts, tolerance, dtype, as_json)
         return
     [(name, folder)] = named([adapter]).items()
     model = load_base(base or base_of([folder]), dtype="float32")
     path = write_gguf(load(model, folder, name), output)
-    typer.echo(json.dumps({"file": str(path)}) if as_json else f"{path}: run it with llama-cli --lora {path}, over this base's GGUF")
+    typer.echo(json.dumps({"file": str(path)}) if as_json else f"{path}: for llama-cli --lora, over this base's GGUF")

@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.text import Text
 
 from deltatune.cli import session as shared
-from deltatune.cli.session import Sampling, begin, open_session, read_prompts
+from deltatune.cli.session import Sampling, begin, known, named, open_session, read_prompts
 from deltatune.core import DeltatuneError
 from deltatune.core.adapter import write_atomically
 from deltatune.data import DataError
@@ -42,17 +42,14 @@ def command(
         raise DeltatuneError(f"output: there is no folder {output.parent}")
     asked = [("", {"prompt": p}, [*begin(system), {"role": "user", "content": p}]) for p in prompt or []]
     asked += read_prompts(file, system) if file else []
-    session = open_session(base, adapter, template=template, dtype=dtype)
-    usual = session.names[0] if len(session.names) == 1 else None
-    names, problems = [], []
+    given = list(named(adapter or []))
+    names: list[str | None] = []
     for origin, row, _ in asked:
-        name = row.get("adapter", usual)
         try:
-            names.append(name if name is None else session.adapter(str(name)))
+            names.append(known(row.get("adapter", given[0] if len(given) == 1 else None), given))
         except DeltatuneError as error:
-            problems.append(f"{origin}: {error}")
-    if problems:
-        raise DataError(*problems[:20])
+            raise DataError(f"{origin}: {error}") from error
+    session = open_session(base, adapter, template=template, dtype=dtype)
     torch.manual_seed(seed)
     sampling, rows = Sampling(max_new_tokens, temperature, top_p), []
     console = Console(stderr=True)

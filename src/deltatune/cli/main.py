@@ -55,6 +55,8 @@ class Commands(TyperGroup):
 def _imported(name: str) -> Any:
     """The command of `deltatune.cli.<name>`: its typer `app`, or its function `command`."""
     module = importlib.import_module(f"deltatune.cli.{name}")
+    if not sys.stderr.isatty() and (bars := sys.modules.get("transformers.utils.logging")):
+        bars.disable_progress_bar()
     if (sub := getattr(module, "app", None)) is None:
         sub = typer.Typer(add_completion=False)
         sub.command(name)(module.command)
@@ -86,16 +88,18 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_loc
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib import metadata
 
-        typer.echo(f"deltatune {version('deltatune')}")
+        found = next(iter(metadata.Distribution.discover(name="deltatune")), None)
+        typer.echo(f"deltatune {found.version if found else '(run from source)'}")
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")]
+
+
 @app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
+def root(version: Version = False) -> None:
     """Fit any parameter-efficient method to a frozen base model, train it, prove it, merge it."""
 
 

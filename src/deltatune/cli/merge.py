@@ -15,7 +15,7 @@ from deltatune.train.merged import PROMPTS, write_merged
 
 Tolerance = Annotated[
     float | None,
-    typer.Option(help="Largest relative difference of a logit; by default 1e-3, 1e-2 in float16, 5e-2 in bfloat16.", min=0),
+    typer.Option(help="Largest relative difference; by default 1e-3, 1e-2 in float16, 5e-2 in bfloat16.", min=0),
 ]
 Prompts = Annotated[str | None, typer.Option(help="A file of prompts to compare on as well.")]
 Output = Annotated[Path, typer.Option(help="An empty or new folder.")]

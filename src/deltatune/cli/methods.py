@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import json
 import sys
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltatune import registry
-from deltatune.core import Callback, Delta, DeltatuneError, Init, Method, adapters, attach, detach, nearest
+from deltatune.core import Callback, Delta, DeltatuneError, Init, Method, adapters, attach, detach
 
 KINDS: dict[str, type] = {"method": Method, "init": Init, "callback": Callback}  # what else there is are routers
 REFERENCE = "a Llama of 135 million parameters"
@@ -36,14 +37,16 @@ def command(
 
 
 def _find(name: str, classes: dict[str, type]) -> type:
-    plain = {"".join(c for c in n.casefold() if c.isalnum()): n for n in classes}
-    key = "".join(c for c in name.casefold() if c.isalnum())
-    if key not in plain:
-        hint = nearest(key, plain)
-        for word, real in plain.items():
-            hint = hint.replace(f"'{word}'", f"'{real}'")
-        raise DeltatuneError(f"no method, init, router or callback is called {name!r}{hint or '; see: deltatune methods'}")
-    return classes[plain[key]]
+    by_key = {_key(n): n for n in classes}
+    if (key := _key(name)) in by_key:
+        return classes[by_key[key]]
+    near = [repr(by_key[k]) for k in difflib.get_close_matches(key, by_key)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "see: deltatune methods"
+    raise DeltatuneError(f"no method, init, router or callback is called {name!r}; {hint}")
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.casefold() if c.isalnum())
 
 
 def describe(cls: type) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def describe(cls: type) -> dict[str, Any]:
     paper = inspect.getdoc(sys.modules[cls.__module__]) or ""
     own = inspect.getdoc(cls) if "__doc__" in vars(cls) else None
     generated = own is None or own.startswith(f"{cls.__name__}(")  # what dataclasses write
-    found: dict[str, Any] = {
+    found = {
         "name": cls.__name__,
         "kind": next((kind for kind, base in KINDS.items() if issubclass(cls, base)), "router"),
         "summary": paper.splitlines()[0] if paper else "",
@@ -62,14 +65,14 @@ def describe(cls: type) -> dict[str, Any]:
 
 
 def _options(cls: type) -> list[dict[str, Any]]:
-    if dataclasses.is_dataclass(cls):
-        options = [(f.name, f.type, f.default if f.default_factory is dataclasses.MISSING else f.default_factory())
-                   for f in dataclasses.fields(cls)]  # fmt: skip
-        return [{"name": n, "type": str(t), "default": None if d is dataclasses.MISSING else str(d),
-                 "required": d is dataclasses.MISSING} for n, t, d in options]  # fmt: skip
-    parameters = [p for p in inspect.signature(cls).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [{"name": p.name, "type": str(p.annotation), "default": None if p.default is p.empty else str(p.default),
-             "required": p.default is p.empty} for p in parameters]  # fmt: skip
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    found = []
+    for p in inspect.signature(cls).parameters.values():
+        required = p.default is p.empty
+        default = None if required else str(made.get(p.name, p.default))
+        found.append({"name": p.name, "type": str(p.annotation), "default": default, "required": required})
+    return found
 
 
 @cache
@@ -87,15 +90,15 @@ def _reference() -> Any:
 
 
 def measure(cls: type[Method]) -> dict[str, Any]:
-    """`trained` parameters and `mergeable`, with the method's defaults; None where those do not fit the reference."""
+    """`trained` parameters and `mergeable`, with defaults; None, and `why`, where the reference does not do."""
     model = _reference()
     try:
         adapter = attach(model, cls())
         units = [unit for _, _, unit, _ in adapter.sites()]
         trained = sum(p.numel() for p in adapter.parameters())
         return {"trained": trained, "mergeable": all(isinstance(unit, Delta) for unit in units)}
-    except (DeltatuneError, TypeError, NotImplementedError, RuntimeError):
-        return {"trained": None, "mergeable": None}
+    except (DeltatuneError, TypeError, NotImplementedError, RuntimeError) as error:
+        return {"trained": None, "mergeable": None, "why": str(error)}
     finally:
         if adapters(model):
             detach(model)
@@ -106,7 +109,8 @@ def _list(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         merges = {True: "yes", False: "no", None: ""}[row.get("mergeable")]
         trained = f"{row['trained']:,}" if row.get("trained") is not None else ""
-        table.add_row(Text(row["name"], "cyan"), row["kind"], merges, Text(trained, justify="right"), Text(row["summary"]))
+        name = Text(row["name"], "cyan")
+        table.add_row(name, row["kind"], merges, Text(trained, justify="right"), Text(row["summary"]))
     console = Console()
     console.print(table)
     console.print(Text(f"'trains': parameters with the defaults, on {REFERENCE}. More: deltatune methods NAME", "dim"))

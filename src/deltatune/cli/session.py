@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,8 @@ from deltatune.models.loading import load_base, load_tokenizer
 from deltatune.train.merged import stop_tokens
 
 Message = dict[str, Any]
-Base = Annotated[str | None, typer.Argument(help="A folder, a hub name or 'default'; else the one that the adapter names.")]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="A saved adapter, DIR or NAME=DIR; may be repeated.")]
+Base = Annotated[str | None, typer.Argument(help="A folder, a hub name or 'default'; else the adapter's own.")]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", help="DIR or NAME=DIR of an adapter; repeatable.")]
 System = Annotated[str | None, typer.Option(help="What the model is told before the conversation.")]
 Tokens = Annotated[int, typer.Option(help="The longest answer.", min=1)]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0)]
@@ -43,8 +43,8 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         if not self.temperature:
-            greedy = dict.fromkeys(("temperature", "top_p", "top_k"))  # or those of generation_config.json are warned of
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, **greedy}
+            unset = dict.fromkeys(("temperature", "top_p", "top_k"))  # the base's own would only cause warnings
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, **unset}
         return vars(self) | {"do_sample": True, "top_k": 0}
 
 
@@ -56,12 +56,6 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     names: list[str]
-
-    def adapter(self, name: str) -> str:
-        if name not in self.names:
-            have = f"there is {', '.join(self.names)}" if self.names else "none is loaded, see --adapter"
-            raise DeltatuneError(f"no adapter is called {name!r}{nearest(name, self.names, 1)}; {have}")
-        return name
 
     def answer(self, conversations: Sequence[list[Message]], names: Sequence[str | None], sampling: Sampling,
                streamer: TextStreamer | None = None) -> list[str]:  # fmt: skip
@@ -89,14 +83,15 @@ class Session:
 
 def open_session(base: str | None, adapters: Sequence[str] | None, *, template: str | None = None, dtype: str = "auto"
                  ) -> Session:  # fmt: skip
-    """Load `base` and every adapter (`DIR` or `NAME=DIR`) onto it; where tokenizer or template lie beside an adapter, they count."""
+    """`base` with every adapter (`DIR` or `NAME=DIR`) on it, and the tokenizer and template saved beside an adapter."""
     pairs = named(adapters or [])
     folders = list(pairs.values())
     base = base or base_of(folders)
     tokenizer = load_tokenizer(base, folders)
     model = load_base(base, dtype=dtype)
-    if (room := model.get_input_embeddings().weight.shape[0]) < len(tokenizer):
-        raise DeltatuneError(f"base: {base}: the tokenizer has {len(tokenizer)} tokens, the model {room}; they do not belong together")
+    if (room := len(model.get_input_embeddings().weight)) < len(tokenizer):  # type: ignore[arg-type]
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {room}"
+        raise DeltatuneError(f"base: {base}: {sizes}; they do not belong together")
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     for name, folder in pairs.items():
         load(model, folder, name)
@@ -113,31 +108,44 @@ def named(adapters: Sequence[str]) -> dict[str, Path]:
             raise DeltatuneError(f"adapter: {path}: no adapter_config.json there, so this is not a saved adapter")
         name = name if equals else path.resolve().name.replace(".", "-")
         if name in found:
-            raise DeltatuneError(f"adapter: {name!r} names both {found[name]} and {path}; tell them apart with NAME=DIR")
+            raise DeltatuneError(f"adapter: {name!r} is both {found[name]} and {path}; tell them apart with NAME=DIR")
         found[name] = path
     return found
 
 
+def known(name: str | None, names: Iterable[str]) -> str | None:
+    """`name`, None being the base; raises when no adapter is called so."""
+    if name is not None and name not in (names := list(names)):
+        hint = nearest(name, names, 1) or f"; there is {', '.join(names)}" if names else "; none was given as --adapter"
+        raise DeltatuneError(f"no adapter is called {name!r}{hint}")
+    return name
+
+
 def base_of(adapters: Sequence[Path]) -> str:
-    """The base that the first adapter was trained on, as it says itself."""
+    """The base that the adapters say they were trained on."""
     for folder in adapters:
-        if base := json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path"):
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if base := config.get("base_model_name_or_path"):
             return str(base)
     where = f"{adapters[0]} does not say which base it was trained on; " if adapters else ""
     raise DeltatuneError(f"base: {where}name one, or 'default'")
 
 
 def read_prompts(file: str, system: str | None = None) -> list[tuple[str, dict[str, Any], list[Message]]]:
-    """(origin, row, conversation) of every row of a file; a row has `prompt` or `messages`. Reports all bad rows at once."""
+    """(origin, row, conversation) of every row of a file, which has `prompt` or `messages`; bad rows come together."""
     problems, found = Problems(), []
     for origin, row in read(file, problems=problems):
         messages = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        if not isinstance(messages, list) or not all(map(_is_message, messages)):
             problems.add(origin, "field 'prompt' (text) or 'messages' (role and content each) is missing", row)
         else:
             found.append((origin, row, begin(system) + messages))
     problems.done()
     return found
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
 
 
 def begin(system: str | None) -> list[Message]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from deltatune.core.method import Method
 from deltatune.core.select import SLOT, walk
-from deltatune.core.units import ATTENTION, CALL, Base, Delta, Intervention, PerRow, Router
+from deltatune.core.units import ATTENTION, CALL, Base, Delta, Intervention, Router
 
 _MARK = "_deltatune_switch"
 
@@ -99,18 +99,11 @@ class Slot(nn.Module):
     def run(self, module: nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
             attention: bool = False) -> Any:  # fmt: skip
         active = self.switch.active()
-        base = Base(module, call)
+        bind = partial(self.bind, Base(module, call), attention=attention)
         if active.router is None:
-            return self.bind(base, *active.names, attention=attention)(*args, **kwargs)
-        if isinstance(active.router, PerRow):
-            units = {n: [u for u, _ in at] for n in active.names if (at := self.at(n, attention))}
-            if not units:
-                return call(*args, **kwargs)
-            return active.router.route(units, base, lambda n: self.bind(base, n, attention=attention), args, kwargs)
-        if not any(self.at(n, attention) for n in active.names):
-            return call(*args, **kwargs)
-        branches = [partial(self.bind(base, n, attention=attention), *args, **kwargs) for n in active.names]
-        return active.router(args[0], branches)
+            return bind(*active.names)(*args, **kwargs)
+        units = {n: [u for u, _ in here] for n in active.names if (here := self.at(n, attention))}
+        return active.router.route(active.names, units, bind, args, kwargs) if units else call(*args, **kwargs)
 
 
 class Grafted:

@@ -16,7 +16,7 @@ from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.method import Method, Site
 from deltatune.core.select import Match, resolve, walk
 from deltatune.core.slot import Active, Record, Slot, Switch, graft, is_delta, set_switch, slots, switch_of, ungraft
-from deltatune.core.units import CALL, Delta, Intervention, PerRow, Router, Sliced
+from deltatune.core.units import CALL, Delta, Intervention, Router, Sliced
 
 
 class Point(Protocol):
@@ -186,7 +186,7 @@ def _known(model: nn.Module, names: Sequence[str]) -> Switch:
 
 
 def _active(model: nn.Module, names: tuple[str, ...], router: Router | None) -> tuple[Switch, Active]:
-    if isinstance(router, PerRow):
+    if router is not None and router.names:
         names = tuple(n for n in dict.fromkeys(router.names) if n is not None)
     return _known(model, names), Active(names, router)
 
@@ -316,5 +316,6 @@ def detach(model: nn.Module, *names: str) -> None:
             _POINTS[place].remove(model)
         own = dict(model.named_parameters())
         for path in switch.thawed:
-            own[path].requires_grad_(True)
+            if path in own:  # not when a part of the model was copied out
+                own[path].requires_grad_(True)
         set_switch(model, None)

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -63,10 +64,18 @@ class Delta(Intervention):
 
 
 class Router(nn.Module):
-    """Combines the outputs of several branches at one site."""
+    """Combines the outputs of several branches at one site. `names`: the adapters, if the router itself names them."""
+
+    names: tuple[str | None, ...] = ()
 
     def forward(self, x: Tensor, branches: Sequence[Callable[[], Tensor]]) -> Tensor:
         raise NotImplementedError
+
+    def route(self, names: Sequence[str], units: Mapping[str, Sequence[Intervention]], bind: Callable[..., Base],
+              args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # fmt: skip
+        """One call of a module. `units`: those of the active adapters `names` that are here; `bind(*names)`: the base
+        under adapters. By default every adapter is a branch, one that is not here being the base alone."""
+        return self(args[0], [partial(bind(n), *args, **kwargs) for n in names])
 
 
 class Base:
@@ -227,9 +236,9 @@ class PerRow(Router):
         at = [adapters.index(n) if n in adapters else -1 for n in self.names]
         return torch.tensor(at, device=x.device).repeat_interleave(times)
 
-    def route(self, units: Mapping[str, Sequence[Intervention]], base: Base, bind: Callable[[str], Base],
+    def route(self, names: Sequence[str], units: Mapping[str, Sequence[Intervention]], bind: Callable[..., Base],
               args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # fmt: skip
-        names = [n for n in dict.fromkeys(self.names) if n in units]
+        names, base = list(units), bind()
         kinds = {type(u) for n in names for u in units[n]}
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim]
         index = self.index(names, tensors[0])

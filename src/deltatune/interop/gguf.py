@@ -45,7 +45,7 @@ EMBEDDING, HEAD = "token_embd", "output"
 def write_gguf(adapter: Adapter, path: str | Path) -> Path:
     """Write `adapter` (fp32) to `path`. Raises DeltatuneError, with nothing written, when it is not made of low-rank
     changes of matrices, or llama.cpp does not have the base's architecture or tensor."""
-    config = adapter.model.config
+    config: Any = adapter.model.config
     kind = config.model_type
     if kind not in ARCHITECTURES:
         near = nearest(kind, ARCHITECTURES)
@@ -87,8 +87,8 @@ def _tensors(adapter: Adapter, config: Any) -> dict[str, tuple[Tensor, Tensor]]:
         factors = unit.factors() if isinstance(unit, Delta) and at == "weight" else None
         if factors is None:
             raise DeltatuneError(
-                f"GGUF: {path}.{at}: {type(unit).__name__} is no low-rank change of a matrix, all that llama.cpp's adapters"
-                " can hold; export the merged model instead (--to hf), if the method can be merged"
+                f"GGUF: {path}.{at}: {type(unit).__name__} is no low-rank change of a matrix, all that llama.cpp's"
+                " adapters can hold; export the merged model instead (--to hf), if the method can be merged"
             )
         if (name := names.get_name(path)) is None:
             raise DeltatuneError(f"GGUF: llama.cpp's {config.model_type} has no {path!r}; leave it out of the targets")

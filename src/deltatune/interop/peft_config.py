@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import snapshot_download
 
 from deltatune.core import DeltatuneError
 from deltatune.core.adapter import CONFIG, write_atomically
@@ -18,7 +19,7 @@ from deltatune.core.errors import nearest
 VERSION = "0.21.2"  # the release whose files these are
 
 
-class TaskType(str, Enum):
+class TaskType(StrEnum):
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
     CAUSAL_LM = "CAUSAL_LM"
@@ -26,10 +27,8 @@ class TaskType(str, Enum):
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
-    __str__ = str.__str__
 
-
-class PeftType(str, Enum):
+class PeftType(StrEnum):
     PROMPT_TUNING = "PROMPT_TUNING"
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
@@ -37,16 +36,14 @@ class PeftType(str, Enum):
     ADALORA = "ADALORA"
     IA3 = "IA3"
 
-    __str__ = str.__str__
 
-
-class PromptTuningInit(str, Enum):
+class PromptTuningInit(StrEnum):
     TEXT = "TEXT"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
     RANDOM = "RANDOM"
 
 
-class PromptEncoderReparameterizationType(str, Enum):
+class PromptEncoderReparameterizationType(StrEnum):
     MLP = "MLP"
     LSTM = "LSTM"
 
@@ -88,14 +85,14 @@ class PeftConfig:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None,
                         **kwargs: Any) -> PeftConfig:  # fmt: skip
-        """The configuration saved in a local folder, of the class that its `peft_type` names; unknown keys are dropped
+        """The configuration saved in a folder, of the class that its `peft_type` names; unknown keys are dropped
         with a warning, as they come from other releases.
 
         Raises DeltatuneError when the file is missing, damaged, or of a method that is not offered here.
         """
-        path = Path(pretrained_model_name_or_path) / (subfolder or "") / CONFIG
+        path = folder_of(pretrained_model_name_or_path, subfolder, **kwargs) / CONFIG
         if not path.is_file():
-            raise DeltatuneError(f"can't find {CONFIG!r} at {path.parent}; fetch the adapter's folder first")
+            raise DeltatuneError(f"can't find {CONFIG!r} at {path.parent}, so this is not a saved adapter")
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
@@ -111,7 +108,7 @@ class PeftConfig:
 
 @dataclass
 class LoraConfig(PeftConfig):
-    """LoRA and DoRA. Fields that would change the mathematics in ways not offered here are refused when they are used."""
+    """LoRA and DoRA. Fields that would change the mathematics in ways not offered here are refused on use."""
 
     r: int = 8
     target_modules: Names = None
@@ -179,9 +176,8 @@ class AdaLoraConfig(LoraConfig):
         if not self.total_step or self.total_step <= 0:
             raise DeltatuneError(f"AdaLoraConfig: give total_step, the number of training steps, got {self.total_step}")
         if self.tinit >= self.total_step - self.tfinal:
-            raise DeltatuneError(
-                f"AdaLoraConfig: tinit {self.tinit} and tfinal {self.tfinal} leave none of {self.total_step} steps between them"
-            )
+            ends = f"tinit {self.tinit} and tfinal {self.tfinal}"
+            raise DeltatuneError(f"AdaLoraConfig: {ends} leave none of {self.total_step} steps between them")
 
 
 @dataclass
@@ -277,5 +273,13 @@ def _plain(v: Any) -> Any:
     return sorted(v) if isinstance(v, (set, frozenset)) else list(v) if isinstance(v, tuple) else v
 
 
-def names_of(modules: Names) -> Iterable[str]:
-    return () if modules is None or isinstance(modules, str) else modules
+def folder_of(model_id: str | Path, subfolder: str | None = None, revision: str | None = None, **ignored: Any) -> Path:
+    """The local folder of an adapter: as given, or fetched from the hub when there is no such folder."""
+    if not (path := Path(model_id)).exists():
+        try:
+            files = ["adapter_*", f"{subfolder}/adapter_*"] if subfolder else ["adapter_*"]
+            path = Path(snapshot_download(str(model_id), revision=revision, allow_patterns=files))
+        except Exception as e:  # whatever keeps it from being fetched: the answer is the same
+            reason = (str(e) or type(e).__name__).splitlines()[0]
+            raise DeltatuneError(f"can't find {CONFIG!r} at {model_id}: no such folder, and no hub: {reason}") from e
+    return path / (subfolder or "")

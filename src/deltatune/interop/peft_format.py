@@ -25,6 +25,7 @@ from deltatune.core.errors import nearest
 from deltatune.interop.peft_format_adalora import decode_adalora, encode_adalora
 from deltatune.interop.peft_format_common import (
     PREFIX,
+    WRAPPER,
     Fields,
     Piece,
     Placed,
@@ -36,13 +37,17 @@ from deltatune.interop.peft_format_common import (
 )
 from deltatune.interop.peft_format_ia3 import decode_ia3, encode_ia3
 from deltatune.interop.peft_format_lora import DEFAULTS, decode_lora, encode_lora
+from deltatune.interop.peft_format_prompt import decode_prefix, decode_prompt, encode_prefix, encode_prompt
 from deltatune.interop.peft_format_saved import copies_of, decode_saved, encode_saved
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.bitfit import BitFit
 from deltatune.methods.dora import DoRA
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
+from deltatune.methods.prefix import PrefixTuning
+from deltatune.methods.prompt import PromptTuning
 from deltatune.methods.tune import Copy, Tune
+from deltatune.models.prefixing import Positions
 
 Encode = Callable[[nn.Module, Sequence[Method], Sequence[Placed]], tuple[Fields, Tensors] | None]
 Decode = Callable[[nn.Module, Mapping[str, Any], Stored], Piece]
@@ -52,19 +57,33 @@ _ENCODE: dict[type[Method], tuple[str, Encode]] = {
     DoRA: ("LORA", encode_lora),
     IA3: ("IA3", encode_ia3),
     AdaLoRA: ("ADALORA", encode_adalora),
+    PromptTuning: ("PROMPT_TUNING", encode_prompt),
+    PrefixTuning: ("PREFIX_TUNING", encode_prefix),
 }
-_DECODE: dict[str, Decode] = {"LORA": decode_lora, "IA3": decode_ia3, "ADALORA": decode_adalora}
+_DECODE: dict[str, Decode] = {
+    "LORA": decode_lora,
+    "IA3": decode_ia3,
+    "ADALORA": decode_adalora,
+    "PROMPT_TUNING": decode_prompt,
+    "P_TUNING": decode_prompt,
+    "PREFIX_TUNING": decode_prefix,
+}
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT wraps the base once for these, and twice for others
+_AUXILIARY = (Tune, BitFit, Positions)
 _KNOWN = set(DEFAULTS) | {
     "auto_mapping", "base_model_name_or_path", "deltatune", "feedforward_modules", "inference_mode", "init_ia3_weights",
     "peft_type", "peft_version", "revision", "task_type", "runtime_config", "token_indices", "init_weights",
     "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
+    "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "prefix_projection",
+    "encoder_hidden_size", "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
 }  # fmt: skip
 
 
 def encode(adapter: Adapter) -> Written | None:
     """(configuration, tensors) of the adapter as PEFT writes them; None if it cannot be expressed there."""
     parts = adapter.method.parts()
-    main = [p for p in parts if type(p) not in (Tune, BitFit)]
+    main = [p for p in parts if type(p) not in _AUXILIARY]
     if len({type(p) for p in main}) != 1 or type(main[0]) not in _ENCODE:
         return None
     peft_type, write = _ENCODE[type(main[0])]
@@ -73,11 +92,14 @@ def encode(adapter: Adapter) -> Written | None:
         return None
     fields, tensors = written
     adapted = {p.path for p in places}
-    saved = encode_saved(adapter.model, copies, adapted, task_of(adapter.model), biases="bias" in fields)
+    task, prompt = task_of(adapter.model), peft_type in _PROMPTS
+    saved = encode_saved(adapter.model, copies, adapted, task, biases="bias" in fields, by_task=prompt)
     if saved is None:
         return None
     beside, more, task = saved
     config = common_fields(adapter.model, peft_type, task) | fields | beside
+    if prompt:
+        return config, tensors | {f"{WRAPPER}{name}": t for name, t in more.items()}
     return config, {f"{PREFIX}{name}": t for name, t in {**tensors, **more}.items()}
 
 
@@ -91,7 +113,7 @@ def _places(adapter: Adapter) -> tuple[list[Placed], list[Placed]]:
     return list(main.values()), list(extra.values())
 
 
-def decode(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Method, dict[str, Tensor]]:
+def decode(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Method, Tensors]:
     """The method and its tensors, by our names, of what PEFT or `encode` wrote.
 
     The modules are those that the tensors name. Raises DeltatuneError for a `peft_type` or a field that changes the
@@ -100,13 +122,16 @@ def decode(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Te
     kind = str(config.get("peft_type") or "")
     if kind not in (*_DECODE, "TRAINABLE_TOKENS"):
         known = ", ".join(sorted(_DECODE))
-        raise DeltatuneError(f"adapter_config.json: peft_type {kind!r} is not read{nearest(kind, _DECODE)} (read: {known})")
+        hint = nearest(kind, _DECODE)
+        raise DeltatuneError(f"adapter_config.json: peft_type {kind!r} is not read{hint} (read: {known})")
     if strange := [k for k, v in config.items() if k not in _KNOWN and v]:
         warnings.warn(f"adapter_config.json: PEFT 0.21.2 has no {', '.join(strange)}; read without", stacklevel=3)
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     if config.get("ensure_weight_tying") and tied:
-        raise DeltatuneError("adapter_config.json: ensure_weight_tying = True on a base with tied embeddings is not supported")
-    stored = Stored(model, tensors)
+        raise DeltatuneError(
+            "adapter_config.json: ensure_weight_tying = True on a base with tied embeddings is not supported"
+        )
+    stored = Stored(model, tensors, WRAPPER if kind in _PROMPTS else PREFIX)
     main = [_DECODE[kind](model, config, stored)] if kind in _DECODE else []
     inside, beside = decode_saved(model, config, stored)
     return assemble([*inside, *main, *beside])

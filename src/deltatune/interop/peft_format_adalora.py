@@ -1,4 +1,4 @@
-"""AdaLoRA in PEFT's layout. PEFT gives every module `init_r` triplets, so modules that hold fewer are filled with zeros.
+"""AdaLoRA in PEFT's layout. PEFT gives every module `init_r` triplets, so those with fewer are filled with zeros.
 
 Its scaling is alpha / (init_r + 1e-5), whatever is left of the rank; `rank_pattern` tells which triplets a file leaves
 out. `total_step` is a property of the run here, and the least that PEFT accepts in the file.
@@ -42,7 +42,9 @@ def _triplets(unit: Intervention) -> tuple[float, Tensor, Tensor, Tensor] | None
     return unit.s, unit.a.detach(), unit.b.detach(), unit.e.detach()
 
 
-def encode_adalora(model: nn.Module, parts: Sequence[Method], places: Sequence[Placed]) -> tuple[Fields, Tensors] | None:
+def encode_adalora(
+    model: nn.Module, parts: Sequence[Method], places: Sequence[Placed]
+) -> tuple[Fields, Tensors] | None:
     method = parts[0]
     assert isinstance(method, AdaLoRA)
     found: dict[str, list[tuple[float, Tensor, Tensor, Tensor]]] = {}
@@ -90,7 +92,7 @@ def decode_adalora(model: nn.Module, config: Mapping[str, Any], stored: Stored) 
         if len(a[path]) == r:
             kept = torch.arange(r)
         if len(kept) != len(a[path]) or len(kept) != len(e[path]):
-            raise DeltatuneError(f"{path}: {len(a[path])} triplets stored, but init_r and rank_pattern leave {len(kept)}")
+            raise DeltatuneError(f"{path}: {len(a[path])} triplets, but init_r and rank_pattern leave {len(kept)}")
         whole = {n: t.new_zeros(r, t.shape[1]).index_copy(0, kept, t) for n, t in (("a", a[path]), ("e", e[path]))}
         whole["b"] = b[path].new_zeros(len(b[path]), r).index_copy(1, kept, b[path])
         units.append((path, whole))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deltatune.core import DeltatuneError, Intervention, Method, Union, layers, resolve
 from deltatune.core.select import walk
 
-PREFIX = "base_model.model."
+PREFIX, WRAPPER = "base_model.model.", "base_model."
 VERSION = "0.21.2"  # of PEFT, whose layout this is
 Fields = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -66,12 +66,12 @@ def assemble(pieces: Sequence[Piece]) -> tuple[Method, Tensors]:
 class Stored:
     """The tensors of a file, taken out by the name that ends their key; what is left over is an error."""
 
-    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
         by_module = {module: path for path, module in walk(model)}
         named = model.named_modules(remove_duplicate=False)
         self.canonical = {alias: by_module[module] for alias, module in named if module in by_module}
         self.modules = dict(walk(model))
-        self.left = {key.removeprefix(PREFIX): t for key, t in tensors.items()}
+        self.left = {key.removeprefix(prefix): t for key, t in tensors.items()}
         self._model = model
 
     def take(self, *names: str) -> Tensors:

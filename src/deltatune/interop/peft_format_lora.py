@@ -189,8 +189,8 @@ def refuse(config: Mapping[str, Any]) -> None:
     init = str(config.get("init_lora_weights", True)).lower()
     if init not in (*_PLAIN_INITS, "pissa", "olora"):
         raise DeltatuneError(
-            f"adapter_config.json: init_lora_weights = {config['init_lora_weights']!r} changes the base in a way that the "
-            "file does not hold; save it in PEFT with `path_initial_model_for_weight_conversion`"
+            f"adapter_config.json: init_lora_weights = {config['init_lora_weights']!r} changes the base in a way that "
+            "the file does not hold; save it in PEFT with `path_initial_model_for_weight_conversion`"
         )
 
 

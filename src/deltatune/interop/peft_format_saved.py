@@ -42,17 +42,17 @@ def copies_of(places: Iterable[Placed]) -> Copies | None:
 
 
 def encode_saved(
-    model: nn.Module, copies: Copies, adapted: set[str], task: str | None, biases: bool
+    model: nn.Module, copies: Copies, adapted: set[str], task: str | None, biases: bool, by_task: bool
 ) -> tuple[Fields, Tensors, str | None] | None:
     """(fields, tensors, task) for these copies; `biases`: whether the method's configuration has a field for them.
 
-    A classification task makes PEFT save the head whole, so a model whose head is not trained is given no task.
+    A classification task makes PEFT save the head whole, so a model whose head is not trained is given no task, but
+    where PEFT goes by it (`by_task`) to know how the base is called.
     """
-    tasks = (task, None) if task in HEADS else (task,)
-    for chosen in tasks:
+    for chosen in (task, None) if task in HEADS and not by_task else (task,):
         names = _names(model, copies, chosen)
         wrapped = _wrapped((path for path, _ in walk(model)), names)
-        if chosen in HEADS and not any(_within(p, wrapped) for p in copies):
+        if chosen in HEADS and not by_task and not any(_within(p, wrapped) for p in copies):
             continue
         if any(_within(p, wrapped) for p in adapted) or any(p in adapted and "weight" in v for p, v in copies.items()):
             continue
@@ -122,7 +122,7 @@ def decode_saved(model: nn.Module, config: Mapping[str, Any], stored: Stored) ->
                 f"tensor {key!r} has shape {tuple(value.shape)}, the model's is {shape}; "
                 "if its vocabulary was extended, call `model.resize_token_embeddings` first"
             )
-        same = torch.equal(own.detach().to(value.dtype), value.to(own.device))
+        same = torch.equal(own.detach(), value.to(own))  # in the precision that the base has
         if _within(name, saved) and param in ("weight", "bias"):
             beside.setdefault(path, {})[param] = value
         elif not same and param in ("weight", "bias"):
@@ -142,21 +142,24 @@ def _sharing(stored: Stored, own: Tensor, param: str) -> list[str]:
     return [path for path, module in stored.modules.items() if module._parameters.get(param) is own]
 
 
-def _tokens(model: nn.Module, config: Mapping[str, Any], stored: Stored) -> Copies:
-    """Single rows of an embedding that were trained, as copies of the embedding and of what is tied to it."""
+def _tokens(model: Any, config: Mapping[str, Any], stored: Stored) -> Copies:
+    """Single rows of embeddings that were trained, as copies of them. What is tied follows the model's input embedding
+    alone, as in PEFT; of a tied head PEFT 0.21.2 leaves the bias out, which is kept here."""
     found: Copies = {}
+    tied: Copies = {}
     indices = config.get("trainable_token_indices") or config.get("token_indices")
     for path, rows in stored.take("token_adapter.trainable_tokens_delta", "trainable_tokens_delta").items():
         named = indices.items() if isinstance(indices, Mapping) else [(path, indices)]
         at = next((v for n, v in named if f".{path}".endswith(f".{n}")), None)
         if at is None or len(at) != len(rows):
-            raise DeltatuneError(f"{path}: trainable_token_indices = {indices!r} do not name its {len(rows)} trained rows")
+            raise DeltatuneError(f"{path}: token indices {indices!r} do not name its {len(rows)} trained rows")
         own = stored.modules[path].weight
         value = frozen(stored.modules[path], "weight").to(rows.dtype, copy=True)
         value[torch.tensor(at)] = rows
-        for other in _sharing(stored, own, "weight"):  # type: ignore[arg-type]
-            found[other] = {"weight": value}
-    return found
+        found[path] = {"weight": value}
+        if getattr(model, "get_input_embeddings", lambda: None)() is stored.modules[path]:
+            tied = {other: {"weight": value} for other in _sharing(stored, own, "weight")}  # type: ignore[arg-type]
+    return tied | found
 
 
 def _pieces(model: nn.Module, stored: Stored, copies: Copies) -> list[Piece]:

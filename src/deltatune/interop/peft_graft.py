@@ -1,4 +1,4 @@
-"""The root of a model, given a subclass of its own class, as core does with modules; and what transformers must see there."""
+"""The root of a model, given a subclass of its own class as core does with modules, and what transformers sees there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltatune.core.slot import Grafted
 from deltatune.core.slot import _revive as _revive_grafted
 
 
-class Rooted:
+class Rooted(nn.Module):
     """Base of the classes that are put over a model's own: `peft_model.PeftModel` and its kinds."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -44,13 +44,21 @@ def ungrafted(model: Any) -> Iterator[None]:
         model.__class__ = _over(kind, type(model))
 
 
-@functools.cache
+_CLASSES: dict[tuple[type, type], type[nn.Module]] = {}
+
+
 def _over(kind: type[Rooted], under: type[nn.Module]) -> type[nn.Module]:
-    plain = plain_class(under)
+    if (kind, under) not in _CLASSES:
+        _CLASSES[kind, under] = _made(kind, under)
+    return _CLASSES[kind, under]
+
+
+def _made(kind: type[Rooted], under: Any) -> type[nn.Module]:
+    plain: Any = plain_class(under)
 
     @functools.wraps(plain.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.run(functools.partial(under.forward, self), *args, **kwargs)
+        return self._run(functools.partial(under.forward, self), *args, **kwargs)
 
     # transformers finds tasks, labels and columns by the class's name and the signature of its forward
     body = {"forward": forward, "plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
@@ -64,7 +72,7 @@ def _revive(kind: type[Rooted], plain: type[nn.Module], grafted: bool) -> Any:
 class BaseView:
     """`model.base_model`: the backbone that transformers means by it, with what PEFT's own wrapper offers beside."""
 
-    _walks = ("get_encoder", "get_decoder", "set_encoder", "set_decoder", "get_input_embeddings", "set_input_embeddings")
+    _walks = tuple(f"{do}_{what}" for do in ("get", "set") for what in ("encoder", "decoder", "input_embeddings"))
 
     def __init__(self, model: Any, backbone: Any) -> None:
         self.model, self.backbone = model, backbone

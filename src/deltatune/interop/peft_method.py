@@ -32,6 +32,7 @@ from deltatune.methods.bitfit import BitFit
 from deltatune.methods.dora import DoRA
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
+from deltatune.methods.prefix import PrefixTuning
 from deltatune.methods.prompt import PromptTuning
 from deltatune.methods.tune import Tune
 from deltatune.registry import make
@@ -66,9 +67,13 @@ _LORA = _table(
     "key value receptance output: rwkv",
     "r_proj k_proj v_proj o_proj key value: rwkv7",
 )
-_ADALORA = {k: v for k, v in _LORA.items() if k in set(
-    "gpt2 bloom gptj gpt_neox gpt_neo llama llama4 bert gpt_bigcode deberta gemma gemma2 gemma3_text qwen2 qwen3 nemotron_h"
-    .split())} | _table(  # fmt: skip
+_ADALORA = _table(
+    "q_proj v_proj: gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3",
+    "c_attn: gpt2 gpt_bigcode",
+    "query_key_value: bloom gpt_neox",
+    "query value: bert",
+    "in_proj: deberta",
+    "q_proj k_proj v_proj o_proj: nemotron_h",
     "q k v o wi wo: t5",
     "q k v o wi_0 wi_1 wo: mt5",
     "q_proj k_proj v_proj out_proj fc1 fc2: bart opt",
@@ -121,13 +126,14 @@ def method_of(model: nn.Module, config: PeftConfig) -> Method:
     if (heads := HEADS.get(config.task_type)) and hasattr(config, "modules_to_save"):  # type: ignore[call-overload]
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
     main = next(build for kind, build in _METHODS if isinstance(config, kind))(model, config)
-    parts = [main]
-    bias = getattr(config, "bias", "none")
+    parts, bias = [main], getattr(config, "bias", "none")
+    saved = _saved(model, getattr(config, "modules_to_save", None))
     if bias != "none":
         near = {path for path, _ in _targeted(model, config)} if bias == "lora_only" else {p for p, _ in walk(model)}
+        near -= set(saved)
         found = [p for p, m in walk(model) if p in near and layers.is_layer(m) and getattr(m, "bias", None) is not None]
         parts += [BitFit(targets=_exactly(found))] if found else []
-    if saved := _saved(model, getattr(config, "modules_to_save", None)):
+    if saved:
         parts.append(Tune(targets=_exactly(saved)))
     return main if len(parts) == 1 else Union(methods=tuple(parts))
 
@@ -160,9 +166,8 @@ def _targeted(model: nn.Module, config: Any) -> list[tuple[str, nn.Module]]:
         named = _named(config.target_modules, path) and not _named(config.exclude_modules, path)
         if named and not any(re.match(k, path) for k in kept) and _in_layers(config, path):
             if not layers.is_layer(module):
-                raise DeltatuneError(
-                    f"target module {path!r} is a {type(module).__name__}; only linear layers, convolutions and embeddings can be targets"
-                )
+                kind = type(module).__name__
+                raise DeltatuneError(f"target {path!r} is a {kind}, which is no linear layer, convolution or embedding")
             found.append((path, module))
     return found
 
@@ -183,7 +188,8 @@ def _targets(model: nn.Module, config: Any, usual: dict[str, list[str]]) -> tupl
     kind = getattr(getattr(model, "config", None), "model_type", "custom")
     if config.target_modules is None:
         if kind != "gemma4" and kind not in usual:
-            raise DeltatuneError(f"target_modules: no default is known for {kind!r}{nearest(kind, usual)}; name the modules")
+            near = nearest(kind, usual)
+            raise DeltatuneError(f"target_modules: no default is known for {kind!r}{near}; name the modules")
         config.target_modules = _GEMMA4 if kind == "gemma4" else set(usual[kind])
     elif isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = _all_linear(model, config)
@@ -200,9 +206,9 @@ def _targets(model: nn.Module, config: Any, usual: dict[str, list[str]]) -> tupl
     paths = [path for path, _ in found]
     if isinstance(config.target_modules, set):
         ends = tuple(sorted(config.target_modules))
-        if [p for p, _ in walk(model) if _named(set(ends), p)] == paths and all(map(re.compile(r"[\w.]+").fullmatch, ends)):
-            if all(any(_named({e}, p) for p in paths) for e in ends):
-                return ends, paths
+        whole = [p for p, _ in walk(model) if _named(config.target_modules, p)] == paths
+        if whole and all(re.fullmatch(r"[\w.]+", e) and any(_named({e}, p) for p in paths) for e in ends):
+            return ends, paths  # our own rule for names finds the same
     return _exactly(paths), paths
 
 
@@ -238,7 +244,8 @@ def _init(name: bool | str) -> Init | None:
         return make(Init, "olora")
     if found := re.fullmatch(r"pissa(?:_niter_(\d+))?", str(name)):
         return make(Init, {"name": "pissa"} | ({"niter": int(found[1])} if found[1] else {}))
-    raise DeltatuneError(f"init_lora_weights={name!r} is not offered{nearest(str(name), _INITS) or '; there are ' + ', '.join(_INITS)}")
+    hint = nearest(str(name), _INITS) or f"; there are {', '.join(_INITS)}"
+    raise DeltatuneError(f"init_lora_weights={name!r} is not offered{hint}")
 
 
 def _lora(model: nn.Module, config: LoraConfig) -> Method:
@@ -284,11 +291,24 @@ def _prompt(model: nn.Module, config: PromptTuningConfig) -> Method:
 
 
 def _prefix(model: nn.Module, config: PrefixTuningConfig) -> Method:
-    raise DeltatuneError("PrefixTuningConfig: not yet")
+    if config.prefix_projection and config.init_weights:
+        raise DeltatuneError(f"PrefixTuningConfig: init_weights={config.init_weights!r} needs prefix_projection=False")
+    hidden = config.encoder_hidden_size or _fill(model, config).token_dim
+    return PrefixTuning(length=_length(config), hidden=hidden if config.prefix_projection else None)
 
 
 def _ptuning(model: nn.Module, config: PromptEncoderConfig) -> Method:
     raise DeltatuneError("PromptEncoderConfig: not yet")
+
+
+def _fill(model: nn.Module, config: PromptLearningConfig) -> PromptLearningConfig:
+    """The sizes that PEFT infers from the model and writes down."""
+    own = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator, union-attr]
+    for name, source in (("num_layers", "num_hidden_layers"), ("token_dim", "hidden_size"),
+                         ("num_attention_heads", "num_attention_heads")):  # fmt: skip
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(own, source, None))
+    return config
 
 
 def _length(config: PromptLearningConfig) -> int:
@@ -299,11 +319,12 @@ def _length(config: PromptLearningConfig) -> int:
 
 @torch.no_grad()
 def start(adapter: Adapter, config: PeftConfig) -> None:
-    """What PEFT draws from another distribution than our method: prompts initialised at random are N(0, 1)."""
-    if isinstance(config, PromptTuningConfig) and config.prompt_tuning_init == PromptTuningInit.RANDOM:
-        for role, p in adapter.roles():
-            if role == "prompt":
-                p.normal_()
+    """What PEFT starts elsewhere than our methods: random prompts at N(0, 1), prefixes of zeros."""
+    for role, p in adapter.roles():
+        if role == "prompt" and getattr(config, "prompt_tuning_init", None) == PromptTuningInit.RANDOM:
+            p.normal_()
+        if role == "prefix" and getattr(config, "init_weights", None) == "zero":
+            p.zero_()
 
 
 _METHODS: tuple[tuple[type[PeftConfig], Callable[[nn.Module, Any], Method]], ...] = (

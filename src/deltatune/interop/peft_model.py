@@ -20,19 +20,19 @@ from deltatune.core import adapter as core_adapter
 from deltatune.core import checkpoint as core_checkpoint
 from deltatune.core.errors import nearest
 from deltatune.core.slot import switch_of
-from deltatune.interop.peft_config import AdaLoraConfig, PeftConfig, TaskType
+from deltatune.interop.peft_config import AdaLoraConfig, PeftConfig, TaskType, folder_of
 from deltatune.interop.peft_graft import BaseView, Rooted, graft, ungraft, ungrafted
 from deltatune.interop.peft_method import method_of, start
+from deltatune.interop.peft_state import encoded, fill
 
 BASE = "__base__"
-_AS_WRITTEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights")  # they belong to the tensors
+_AS_WRITTEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias")  # by the tensors
 
 
 class PeftModel(Rooted):
     """What `get_peft_model` adds to a model. Calling the class does the same: `PeftModelForCausalLM(model, config)`."""
 
     peft_config: dict[str, PeftConfig]
-    named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
 
     def __new__(cls, model: Any = None, peft_config: Any = None, adapter_name: str = "default", **kwargs: Any) -> Any:
         return object.__new__(cls) if model is None else get_peft_model(model, peft_config, adapter_name, **kwargs)
@@ -85,7 +85,8 @@ class PeftModel(Rooted):
             return nullcontext()
         return core.using(self, router=PerRow([None if n == BASE else n for n in adapter_names]))
 
-    def run(self, forward: Callable[..., Any], *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def _run(self, forward: Callable[..., Any], *args: Any, adapter_names: Sequence[str] | None = None,
+             **kwargs: Any) -> Any:  # fmt: skip
         """The base's `forward`, under the adapters in effect or those named for each row."""
         with self._rows(adapter_names):
             out = forward(*args, **kwargs)
@@ -108,9 +109,9 @@ class PeftModel(Rooted):
     def load_adapter(self, model_id: str | Path, adapter_name: str = "default", is_trainable: bool = False,
                      **kwargs: Any) -> _IncompatibleKeys:  # fmt: skip
         """Load a folder into the adapter of that name, or into a new one, which is not put in effect."""
-        folder = Path(model_id) / (kwargs.get("subfolder") or "")
+        folder = folder_of(model_id, **kwargs)
         if adapter_name in self.peft_config:
-            _adapter(self, adapter_name).load_state_dict(_decode(self, *core_checkpoint.read_folder(folder)))
+            fill(_adapter(self, adapter_name), *core_checkpoint.read_folder(folder))
         else:
             config = PeftConfig.from_pretrained(folder)
             config.inference_mode = not is_trainable
@@ -135,7 +136,7 @@ class PeftModel(Rooted):
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False,
                          adapter_names: Sequence[str] | None = None) -> Any:  # fmt: skip
-        """The base model with the adapters in effect, or those named, in its weights. Non-finite weights are refused."""
+        """The base model with the adapters in effect, or those named, in its weights. Refuses non-finite weights."""
         core.merge(self, *(adapter_names or self.active_adapters), keep=False)
         return _bare(self)
 
@@ -178,7 +179,8 @@ class PeftModel(Rooted):
         """Write the adapters alone: "default" into the folder itself, any other into a folder of its name in it."""
         if not safe_serialization:
             warnings.warn("adapters are written as safetensors; safe_serialization=False is ignored", stacklevel=2)
-        for name in list(self.peft_config if selected_adapters is None else selected_adapters) if is_main_process else []:
+        names = list(self.peft_config if selected_adapters is None else selected_adapters)
+        for name in names if is_main_process else []:
             folder = _adapter(self, name).save(Path(save_directory) / ("" if name == "default" else name))
             path = folder / core_adapter.CONFIG
             written = json.loads(path.read_text())
@@ -188,12 +190,13 @@ class PeftModel(Rooted):
 
     @classmethod
     def from_pretrained(cls, model: nn.Module, model_id: str | Path, adapter_name: str = "default",
-                        is_trainable: bool = False, config: PeftConfig | None = None, **kwargs: Any) -> Any:  # fmt: skip
+                        is_trainable: bool = False, config: PeftConfig | None = None,
+                        **kwargs: Any) -> Any:  # fmt: skip
         """Load a saved adapter onto `model`, in place; for inference, unless `is_trainable`.
 
         Raises DeltatuneError, and leaves the model as it was, when the files are missing or do not fit the model.
         """
-        folder = Path(model_id) / (kwargs.get("subfolder") or "")
+        folder = folder_of(model_id, **kwargs)
         config = config or PeftConfig.from_pretrained(folder)
         config.inference_mode = not is_trainable
         if not isinstance(model, PeftModel):
@@ -254,10 +257,11 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
     if not isinstance(model, PeftModel):
         _graft(model, peft_config)
     elif adapter_name in model.peft_config:
-        warnings.warn(f"adapter {adapter_name!r} is replaced; call .unload() first to start from the base", stacklevel=2)
+        warnings.warn(f"adapter {adapter_name!r} is replaced; .unload() first to start from the base", stacklevel=2)
         model.delete_adapter(adapter_name)
+    dtype = None if autocast_adapter_dtype else getattr(model, "dtype", None)
     try:
-        _attach(model, peft_config, adapter_name, dtype=None if autocast_adapter_dtype else getattr(model, "dtype", None))
+        _attach(model, peft_config, adapter_name, dtype=dtype)
     except Exception:
         if not model.peft_config:
             _bare(model)
@@ -271,21 +275,20 @@ def get_peft_model(model: nn.Module, peft_config: PeftConfig, adapter_name: str 
 def get_peft_model_state_dict(model: Any, state_dict: Any = None, adapter_name: str = "default",
                               **kwargs: Any) -> dict[str, Tensor]:  # fmt: skip
     """The adapter's tensors under PEFT's names; `state_dict` is accepted and the live tensors are read."""
-    adapter = _adapter(model, adapter_name)
-    return next(w for e in core_adapter._ENCODERS if (w := e(adapter)) is not None)[1]
+    return encoded(_adapter(model, adapter_name))
 
 
 def set_peft_model_state_dict(model: Any, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default",
                               **kwargs: Any) -> _IncompatibleKeys:  # fmt: skip
     """Fill an adapter from tensors under PEFT's names. Raises DeltatuneError when they do not fit."""
-    adapter = _adapter(model, adapter_name)
-    adapter.load_state_dict(_decode(model, model.peft_config[adapter_name].to_dict(), peft_model_state_dict))
+    fill(_adapter(model, adapter_name), model.peft_config[adapter_name].to_dict(), peft_model_state_dict)
     return _IncompatibleKeys([], [])
 
 
 def prepare_model_for_kbit_training(model: Any, use_gradient_checkpointing: bool = True,
-                                    gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:  # fmt: skip
-    """Freeze a quantised model and cast its half-precision parameters to fp32; checkpoint its activations if quantised."""
+                                    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+                                    **kwargs: Any) -> Any:  # fmt: skip
+    """Freeze a model, cast its half-precision parameters to fp32, and checkpoint its activations if it is quantised."""
     quantised = getattr(model, "is_quantized", False)
     for p in model.parameters():
         p.requires_grad_(False)
@@ -306,11 +309,12 @@ class _Auto:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, adapter_name: str = "default",
                         is_trainable: bool = False, **kwargs: Any) -> Any:  # fmt: skip
         """The base model that the adapter's folder names, with the adapter on it."""
-        config = PeftConfig.from_pretrained(pretrained_model_name_or_path)
+        folder = folder_of(pretrained_model_name_or_path)
+        config = PeftConfig.from_pretrained(folder)
         if config.base_model_name_or_path is None:
-            raise DeltatuneError(f"{pretrained_model_name_or_path}: the configuration names no base model; load it yourself")
+            raise DeltatuneError(f"{folder}: the configuration names no base model; load it yourself")
         base = getattr(transformers, cls.auto).from_pretrained(config.base_model_name_or_path, **kwargs)
-        return PeftModel.from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config)
+        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable, config)
 
 
 class AutoPeftModelForCausalLM(_Auto):
@@ -360,7 +364,8 @@ def _allocation(model: Any) -> tuple[Run, Any]:
     """The run and the events of the active AdaLoRA adapter, begun when first asked for."""
     config = model.active_peft_config
     if not isinstance(config, AdaLoraConfig):
-        raise DeltatuneError(f"update_and_allocate: adapter {model.active_adapter!r} is {config.peft_type}, not ADALORA")
+        kind = f"adapter {model.active_adapter!r} is {config.peft_type}"
+        raise DeltatuneError(f"update_and_allocate: {kind}, not ADALORA")
     if model.active_adapter not in model._allocations:
         adapter = _adapter(model, model.active_adapter)
         run = Run(model, adapter, steps=config.total_step or 0)
@@ -370,15 +375,11 @@ def _allocation(model: Any) -> tuple[Run, Any]:
 
 def _adapter(model: Any, name: str) -> Adapter:
     if name not in model.peft_config:
-        raise DeltatuneError(f"no adapter {name!r}{nearest(name, model.peft_config)}; there are {', '.join(model.peft_config)}")
+        known = ", ".join(model.peft_config)
+        raise DeltatuneError(f"no adapter {name!r}{nearest(name, model.peft_config)}; there are {known}")
     return Adapter(model, name)
 
 
-def _decode(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if config.get("deltatune", {}).get("tensors") == "deltatune":
-        return dict(tensors)
-    return core_checkpoint._DECODERS[0](model, config, tensors)[1]
-
-
 def _numel(p: Tensor) -> int:
-    return p.numel() * (2 * getattr(p, "quant_storage", torch.uint8).itemsize if type(p).__name__ == "Params4bit" else 1)
+    four_bit = type(p).__name__ == "Params4bit"  # two weights a byte
+    return p.numel() * (2 * getattr(p, "quant_storage", torch.uint8).itemsize if four_bit else 1)

@@ -39,7 +39,7 @@ class ParallelAdapter(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.size < 1 or (isinstance(self.scale, str) and self.scale != "learned"):
-            raise DeltatuneError(f"ParallelAdapter: size={self.size}, scale={self.scale!r}; give size >= 1, a number or 'learned'")
+            raise DeltatuneError(f"ParallelAdapter: size={self.size} is < 1, or scale={self.scale!r} not 'learned'")
 
     def parts(self) -> Sequence[Method]:
         outputs = Part(*self.usual) if self.targets is None else self.targets
@@ -84,9 +84,8 @@ class Held(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"x": {}}
 
-
-def _thread() -> int:
-    return 0 if torch.compiler.is_compiling() else get_ident()
+    def thread(self) -> int:
+        return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 class Tap(Intervention):
@@ -95,7 +94,7 @@ class Tap(Intervention):
         self.held = held
 
     def forward(self, call: Base, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.held.x[_thread()] = x
+        self.held.x[self.held.thread()] = x
         return call(x, *args, **kwargs)
 
 
@@ -115,7 +114,7 @@ class Bottleneck(Intervention):
 
     def forward(self, call: Base, *args: Any, **kwargs: Any) -> Tensor:
         y = call(*args, **kwargs)
-        if (x := self.held.x.pop(_thread(), None)) is None:
+        if (x := self.held.x.pop(self.held.thread(), None)) is None:
             raise DeltatuneError("ParallelAdapter: no module of `input` ran before this one; name one in each block")
         h = F.relu(F.linear(x.to(self.down.dtype), self.down, self.down_bias))
         return y + (self.s * F.linear(h, self.up, self.up_bias)).to(y.dtype)

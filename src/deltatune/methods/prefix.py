@@ -48,15 +48,13 @@ class PrefixTuning(Method):
 
     def build(self, site: Site, shared: nn.Module | None) -> Prefix:
         heads, dim = geometry(site)
-        if isinstance(shared, nn.ModuleDict):
-            return Prefix(Network(shared[group(site)], site, heads, dim))
+        if self.hidden is not None and isinstance(shared, nn.ModuleDict):
+            return Prefix(Network(shared[group(site)], self.hidden, site, heads, dim))
         return Prefix(Flat(*torch.randn(2, heads, self.length, dim, **site.like)))
 
 
 class Flat(nn.Module):
     """`k`, `v` (kv heads, p, head_dim)."""
-
-    roles = {"k": "prefix", "v": "prefix"}
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         super().__init__()
@@ -81,10 +79,10 @@ class Trunk(nn.Module):
 class Network(nn.Module):
     """`up`: those rows of the second layer that make the keys and values of one attention."""
 
-    def __init__(self, trunk: nn.Module, site: Site, heads: int, dim: int) -> None:
+    def __init__(self, trunk: nn.Module, hidden: int, site: Site, heads: int, dim: int) -> None:
         super().__init__()
         self.trunk, self.heads = trunk, heads
-        self.up = nn.Linear(trunk.down.out_features, 2 * heads * dim, **site.like)
+        self.up = nn.Linear(hidden, 2 * heads * dim, **site.like)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         k, v = self.up(self.trunk()).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
@@ -111,18 +109,17 @@ class Prefix(Intervention):
 
 @torch.no_grad()
 def flatten(adapter: Adapter) -> None:
-    """Replace the network by the keys and values that it makes, the same to the bit; what is then saved is they alone."""
-
-    def flat(method: Method) -> Method:
-        if isinstance(method, Union):
-            return replace(method, methods=tuple(map(flat, method.methods)))
-        return replace(method, hidden=None) if isinstance(method, PrefixTuning) else method
-
+    """Replace the network by the keys and values that it makes, the same to the bit: saved and served are they alone."""
     for _, unit in adapter.units():
         if isinstance(unit, Prefix) and isinstance(unit.source, Network):
             unit.source = Flat(*(t.clone() for t in unit.source()))
     record = adapter.record
-    for i, part in enumerate(record.method.parts()):
-        if isinstance(part, PrefixTuning) and str(i) in record.shared:
-            del record.shared[str(i)]
-    record.method = flat(record.method)
+    for i in [str(i) for i, part in enumerate(record.method.parts()) if isinstance(part, PrefixTuning) and part.hidden]:
+        record.shared.pop(i)
+    record.method = _flat(record.method)
+
+
+def _flat(method: Method) -> Method:
+    if isinstance(method, Union):
+        return replace(method, methods=tuple(map(_flat, method.methods)))
+    return replace(method, hidden=None) if isinstance(method, PrefixTuning) else method

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Intervention, Method, Site
-from deltatune.models.prompting import Layout, embed, layout, prompted, stack, widened
+from deltatune.models.prompting import Layout, Prompt, arguments, arrange, embeddings, layout, stack
 
 Ids = tuple[int, ...]
 
@@ -55,44 +55,25 @@ class PromptTuning(Method):
     def build(self, site: Site, shared: nn.Module | None) -> Intervention:
         if site.path.rpartition(".")[2] == "decoder" and layout(site).whole:
             return CrossMask(self.length)
-        return Prompt(self.start(site), layout(site))
+        return Prompt(layout(site), self.start(site))
 
     @torch.no_grad()
     def start(self, site: Site) -> Tensor:
         """P (p, d) before training."""
-        table = site.module.get_input_embeddings()
+        table: Any = embeddings(site.module)
         p, (n, d) = self.length, (table.num_embeddings, table.embedding_dim)
         if site.device.type == "meta":
             return torch.empty(p, d, **site.like)
         if self.init == "uniform":
             return torch.rand(p, d, **site.like) - 0.5
-        rows: list[Ids] = [(int(i),) for _ in range(0, p, n) for i in torch.randperm(n)][:p]
+        rows: list[Ids] = [(i,) for _ in range(0, p, n) for i in torch.randperm(n).tolist()][:p]
         if isinstance(self.init, tuple):
-            given = [i if isinstance(i, tuple) else (i,) for i in self.init]
+            given: list[Ids] = [i if isinstance(i, tuple) else (i,) for i in self.init]
             rows = given + rows if isinstance(self.init[0], tuple) else given * -(-p // len(given))
         if wrong := [i for row in rows for i in row if not 0 <= i < n]:
             raise DeltatuneError(f"PromptTuning: init: token id {wrong[0]} is not among the {n} of the vocabulary")
-        means = [embed(site.module, torch.tensor(r, device=table.weight.device)).mean(0) for r in rows[:p]]
+        means = [table(torch.tensor(r, device=table.weight.device)).mean(0) for r in rows[:p]]
         return torch.stack(means).to(**site.like)
-
-
-class Prompt(Intervention):
-    """`prompt` (p, d)."""
-
-    roles = {"prompt": "prompt"}
-
-    def __init__(self, start: Tensor, at: Layout) -> None:
-        super().__init__()
-        self.at = at
-        self.prompt = nn.Parameter(start)
-
-    def forward(self, call: Base, *args: Any, **kwargs: Any) -> Any:
-        return prompted(self.at, call, self.prompt[None], None, args, kwargs)
-
-    @classmethod
-    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
-        prompts, slots = stack([u.prompt for u in units], rows)
-        return prompted(units[0].at, call, prompts, slots, args, kwargs)
 
 
 class CrossMask(Intervention):
@@ -103,10 +84,22 @@ class CrossMask(Intervention):
         self.length = length
 
     def forward(self, call: Base, *args: Any, **kwargs: Any) -> Any:
-        slots = torch.ones(1, self.length, dtype=torch.bool)
-        return widened(Layout(causal=False), call, slots, False, args, kwargs)
+        a = arguments(call.module, args, kwargs)
+        states, mask = a.get("encoder_hidden_states"), a.get("encoder_attention_mask")
+        if states is not None and mask is not None:
+            a["encoder_attention_mask"] = self.extended(mask, torch.ones(len(mask), self.length, device=mask.device))
+        return call(**a)
+
+    @staticmethod
+    def extended(mask: Tensor, slots: Tensor) -> Tensor:
+        return arrange(Layout(causal=False), slots.bool(), mask)[0]
 
     @classmethod
     def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
-        _, slots = stack([torch.zeros(u.length, 1, device=rows.device) for u in units], rows)
-        return widened(Layout(causal=False), call, slots, True, args, kwargs)
+        a = arguments(call.module, args, kwargs)
+        if (states := a.get("encoder_hidden_states")) is not None:
+            _, slots = stack([torch.zeros(u.length, 1, device=rows.device) for u in units], rows)
+            mask = a.get("encoder_attention_mask")
+            mask = rows.new_ones(len(rows), states.shape[1] - slots.shape[1]) if mask is None else mask
+            a["encoder_attention_mask"] = cls.extended(mask, slots)
+        return call(**a)

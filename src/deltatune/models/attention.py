@@ -68,7 +68,7 @@ class Prefixed:
         return k, v
 
 
-def _inline(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def _inline(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Before an attention module of `INLINE`: its units run on no keys at all, and what they prepend is handed in
     through the cache, the mask and ALiBi, which for p keys before position 0 says slope * (-p, ..., -1)."""
     slot = module._modules.get(SLOT)
@@ -79,7 +79,7 @@ def _inline(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     if other := next((u for u in units if not getattr(u, "only_prepends", False)), None):
         raise DeltatuneError(f"{type(other).__name__} changes the attention function, which {name} computes by itself")
     hidden, mask, alibi = args[0] if args else kwargs["hidden_states"], kwargs["attention_mask"], kwargs.get("alibi")
-    b, n, heads = *hidden.shape[:2], getattr(module, "num_heads", None) or module.num_attention_heads
+    (b, n), heads = hidden.shape[:2], getattr(module, "num_heads", None) or module.num_attention_heads
     kv = heads if getattr(module, "new_decoder_architecture", True) else module.num_kv_heads
     none = hidden.new_empty(b, kv, 0, module.head_dim)
     given = hidden.new_empty(b, heads, n, module.head_dim), none, none, mask[..., :0]
@@ -91,11 +91,9 @@ def _inline(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         below = (slope * torch.arange(-p, 0, device=hidden.device)).to(alibi.dtype)[None]  # (1, heads, 1, p)
         kwargs["alibi"] = torch.cat([below.expand(b, -1, -1, -1).reshape(*alibi.shape[:-1], p), alibi], -1)
         if name == "FalconAttention":  # its mask holds ALiBi as well
-            more = more + below / math.sqrt(module.head_dim)
-            mask = mask.expand(*more.shape[:-1], -1)
-    more, mask = more.expand(max(len(more), len(mask)), *more.shape[1:]), mask.expand(max(len(more), len(mask)), *mask.shape[1:])
-    kwargs |= {"attention_mask": torch.cat([more, mask], -1), "layer_past": Prefixed(kwargs.get("layer_past"), key, value)}
-    return args, kwargs
+            more = more.expand(b, -1, -1, -1) + below / math.sqrt(module.head_dim)
+    mask = torch.cat([more, mask.expand(*more.shape[:-1], -1)], -1)
+    return args, kwargs | {"attention_mask": mask, "layer_past": Prefixed(kwargs.get("layer_past"), key, value)}
 
 
 def _mask(*args: Any, _configured: str, **kwargs: Any) -> Any:
@@ -118,7 +116,8 @@ class AttentionPoint:
             if config.model_type not in _ALONE and not str(now).startswith(PREFIX):
                 if PREFIX + str(now) not in ALL_ATTENTION_FUNCTIONS:
                     raise DeltatuneError(
-                        f"adapters at the attention function run with attn_implementation 'sdpa' or 'eager', not {now!r}"
+                        f"adapters at the attention function run with attn_implementation 'sdpa' or 'eager', "
+                        f"not {now!r}"
                     )
                 config._attn_implementation_internal = PREFIX + now
 
@@ -131,8 +130,8 @@ class AttentionPoint:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    found = {id(m.config): m.config for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
-    return list(found.values())
+    configs = (getattr(m, "config", None) for m in model.modules())
+    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
 
 
 register_point("attention", AttentionPoint())

@@ -79,7 +79,7 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
     except SafetensorError as error:
         raise DeltatuneError(f"base: {base}: its weights are damaged ({error}); copy them again") from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise DeltatuneError(f"base: {base} cannot be loaded: {_first_line(error)}{_remedy(where)}") from error
+        raise DeltatuneError(f"base: {base} cannot be loaded: {_why(error, where)}") from error
     if (missing := sorted(info["missing_keys"])) and task in ("causal", "seq2seq"):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DeltatuneError(f"base: {base}: its weights lack {', '.join(missing[:3])}{more}; copy them again")
@@ -87,9 +87,7 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
 
 
 def load_tokenizer(base: str | Path, adapters: Sequence[str | Path] = ()) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the first of `adapters` that has one, else the base's, with the chat template saved there.
-
-    It pads with its end token where it has no padding token."""
+    """The tokenizer beside the first of `adapters` that has one, else the base's, with the chat template saved there."""
     own = next((Path(a) for a in adapters if any((Path(a) / name).is_file() for name in TOKENIZERS)), None)
     where = str(own) if own is not None else locate(base)
     if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in TOKENIZERS):
@@ -97,7 +95,7 @@ def load_tokenizer(base: str | Path, adapters: Sequence[str | Path] = ()) -> Pre
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DeltatuneError(f"{where}: its tokenizer cannot be read: {_first_line(error)}{_remedy(where)}") from error
+        raise DeltatuneError(f"{where}: its tokenizer cannot be read: {_why(error, where)}") from error
     if own is None and (saved := next((f for a in adapters if (f := Path(a) / "chat_template.jinja").is_file()), None)):
         tokenizer.chat_template = saved.read_text(encoding="utf-8")
     if tokenizer.pad_token is None:
@@ -113,14 +111,14 @@ def read_config(base: str | Path, *, weights: bool = False) -> PreTrainedConfig:
     try:
         return cast(PreTrainedConfig, AutoConfig.from_pretrained(where))
     except (OSError, ValueError, KeyError) as error:
-        raise DeltatuneError(f"base: {base} cannot be loaded: {_first_line(error)}{_remedy(where)}") from error
+        raise DeltatuneError(f"base: {base} cannot be loaded: {_why(error, where)}") from error
 
 
 def _complete(folder: Path, weights: bool) -> None:
     """Raises when the folder lacks a file, or names an architecture that transformers does not have."""
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
-            raise DeltatuneError(f"base: {folder} is an adapter, not a base model; give its base, and this as --adapter")
+            raise DeltatuneError(f"base: {folder} is an adapter, not a base model; name its base, this is --adapter")
         raise DeltatuneError(f"base: {folder}: config.json is missing, so this is no Hugging Face model folder")
     config = _json(folder / "config.json")
     kind = config.get("model_type")
@@ -148,9 +146,6 @@ def _json(path: Path) -> dict[str, Any]:
         raise DeltatuneError(f"{path}: not valid JSON ({error})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _remedy(where: str) -> str:
-    return "" if Path(where).is_dir() else "; give a folder, a name on huggingface.co (and a connection), or 'default'"
+def _why(error: Exception, where: str) -> str:
+    remedy = "" if Path(where).is_dir() else "; give a folder, a name on huggingface.co (and a connection), or 'default'"
+    return (str(error).strip() or type(error).__name__).splitlines()[0] + remedy

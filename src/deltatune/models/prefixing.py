@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.layers import plain_class
 from deltatune.core.method import Method, Site
-from deltatune.core.select import Select, walk
-from deltatune.core.units import Base, Intervention
+from deltatune.core.select import Select
+from deltatune.core.units import Base
 from deltatune.models import anatomy, attention
-from deltatune.models.prompting import accepted, arguments, positions
+from deltatune.models.prompting import Layout, Prompt, accepted
 
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention|cross_attn")
 
@@ -64,7 +64,7 @@ def stack(prefixes: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tens
 
 def prepend(call: Base, k: Tensor, v: Tensor, slots: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
             mask: Tensor | None, *, position_bias: Tensor | None = None, **kwargs: Any) -> Any:  # fmt: skip
-    """Attention over [k; key], [v; value], with k, v (b or 1, kv heads, p, head_dim); `slots` (b, p): which a row sees."""
+    """Attention over [k; key], [v; value], k and v (b or 1, kv heads, p, head_dim); `slots` (b, p): which a row sees."""
     b, p = len(query), k.shape[2]
     if mask is None and (slots is not None or _looks_back(call.module, query, kwargs)):
         n, m = query.shape[2], key.shape[2]
@@ -99,47 +99,20 @@ def _same_batch(*masks: Tensor) -> list[Tensor]:
     return [m.expand(b, *m.shape[1:]) for m in masks]
 
 
-def innermost(path: str, module: nn.Module) -> bool:
-    """Whether this is a model that holds no other: the backbone, or an encoder and a decoder."""
-    return isinstance(module, PreTrainedModel) and not any(
-        isinstance(m, PreTrainedModel) for _, m in walk(module) if m is not module
-    )
+def _counts(path: str, module: nn.Module) -> bool:
+    """Whether this is a backbone, which holds no other model; a decoder beside an encoder, if it takes positions."""
+    if [m for m in module.modules() if isinstance(m, PreTrainedModel)] != [module]:
+        return False
+    return "position_ids" in accepted(plain_class(type(module))) or path.rpartition(".")[2] != "decoder"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Positions(Method):
-    """Positions that count real tokens. Left padding would otherwise move the tokens away from keys that have no position."""
+    """Positions that count real tokens: left padding would else move the tokens away from keys that have no position."""
 
-    targets: Select = innermost
+    targets: Select = _counts
 
     at = ("call",)
 
-    def build(self, site: Site, shared: nn.Module | None) -> Counted:
-        return Counted("position_ids" in accepted(plain_class(type(site.module))))
-
-
-class Counted(Intervention):
-    """`call` with `position_ids` from the mask, where the backbone takes them and they are not given."""
-
-    def __init__(self, takes: bool) -> None:
-        super().__init__()
-        self.takes = takes
-
-    def forward(self, call: Base, *args: Any, **kwargs: Any) -> Any:
-        return call(**self.counted(call.module, args, kwargs, None))
-
-    def counted(self, module: nn.Module, args: Any, kwargs: Any, rows: Tensor | None) -> dict[str, Any]:
-        """The arguments by name; rows of -1 keep the positions that the backbone would take."""
-        a = arguments(module, args, kwargs)
-        mask = a.get("attention_mask")
-        if self.takes and a.get("position_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            n = next(a[x] for x in ("input_ids", "inputs_embeds") if a.get(x) is not None).shape[1]
-            own = positions(module, mask)
-            if rows is not None:
-                own = torch.where((rows >= 0)[:, None], own, positions(module, torch.ones_like(mask)))
-            a["position_ids"] = own[:, -n:]
-        return a
-
-    @classmethod
-    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
-        return call(**units[0].counted(call.module, args, kwargs, rows))
+    def build(self, site: Site, shared: nn.Module | None) -> Prompt:
+        return Prompt(Layout())

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.layers import plain_class
 from deltatune.core.method import Site
+from deltatune.core.units import Base, Intervention
 from deltatune.models.anatomy import ANATOMY, parts
 
 CLASSIFIERS = ("bert", "roberta", "deberta-v2", "distilbert")  # their first token, [CLS], is read by a pooler
@@ -52,7 +53,7 @@ def layout(site: Site) -> Layout:
 
 @cache
 def _recorded(cls: type[nn.Module]) -> None:
-    """transformers looks up whether a model can return hidden states by its class's printed name: keep the plain one's."""
+    """transformers finds by a class's printed name whether it can return hidden states: keep the plain one's."""
     cls.__qualname__ = plain_class(cls).__qualname__
 
 
@@ -68,9 +69,9 @@ def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
     return {**dict(zip(accepted(plain_class(type(module))), args, strict=False)), **kwargs}
 
 
-def embed(module: Any, ids: Tensor) -> Tensor:
-    """Token ids -> the vectors that the backbone's first block (or norm) is given, the architecture's scaling included."""
-    return module.get_input_embeddings()(ids)
+def embeddings(module: Any) -> nn.Module:
+    """Token ids -> the vectors that the backbone begins with, the architecture's scaling included."""
+    return module.get_input_embeddings()
 
 
 def stack(prompts: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,14 +108,19 @@ def _first(module: nn.Module) -> int:
     return own.padding_idx + 1 if hasattr(own, "create_position_ids_from_inputs_embeds") else 0
 
 
-def prompted(at: Layout, call: Any, prompt: Tensor, slots: Tensor | None, args: Any, kwargs: Any) -> Any:
-    """`call` a backbone with `prompt` (b or 1, p, d) in place; `slots` (b, p) tells which of it a row has, None for all."""
-    module, a, p = call.module, arguments(call.module, args, kwargs), prompt.shape[1]
+def prompted(at: Layout, call: Any, prompt: Tensor | None, slots: Tensor | None, args: Any, kwargs: Any) -> Any:
+    """`call` a backbone with `prompt` (b or 1, p, d) in place; `slots` (b, p): what of it a row has, None for all."""
+    module, a = call.module, arguments(call.module, args, kwargs)
+    mask, own = a.get("attention_mask"), a.get("position_ids")
+    counts = own is None and "position_ids" in accepted(plain_class(type(module)))
+    tokens = next((a[n] for n in ("input_ids", "inputs_embeds") if a.get(n) is not None), None)
+    if prompt is None or tokens is None:
+        if counts and tokens is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            a["position_ids"] = positions(module, mask)[:, -tokens.shape[1] :]
+        return call(**a)
     past = a.get("past_key_values")
     seen = 0 if past is None else past.get_seq_length()
-    mask, own = a.get("attention_mask"), a.get("position_ids")
-    tokens = next(a[n] for n in ("input_ids", "inputs_embeds") if a.get(n) is not None)
-    b, n = tokens.shape[:2]
+    (b, n), p = tokens.shape[:2], prompt.shape[1]
     _refuse(module, mask, None if seen else own, p, n, seen)
     if mask is None and (slots is not None or at.after or (own is not None and not seen)):
         mask = torch.ones(b, n + (seen - p if seen else 0), dtype=torch.long, device=tokens.device)
@@ -129,20 +135,19 @@ def prompted(at: Layout, call: Any, prompt: Tensor, slots: Tensor | None, args: 
             before = (slots.cumsum(1) - 1 + at.after).clamp(min=0) + _first(module)
             own = torch.cat([before, own.expand(b, -1) + shift * behind], 1).gather(1, order)
         a["position_ids"] = own if not seen else own + shift
-    elif mask is not None and "position_ids" in accepted(plain_class(type(module))):
+    elif mask is not None and counts:
         a["position_ids"] = positions(module, a["attention_mask"])[:, -n if seen else 0 :]
     if seen:
         return call(**a)
-    x = a["inputs_embeds"] if a.get("inputs_embeds") is not None else embed(module, a["input_ids"])
+    x = a["inputs_embeds"] if a.get("inputs_embeds") is not None else embeddings(module)(a["input_ids"])
     x = torch.cat([prompt.to(x.dtype).expand(b, -1, -1), x], 1)
     if (types := a.get("token_type_ids")) is not None:
         types = torch.cat([types[:, :1].expand(-1, p), types], 1)
         a["token_type_ids"] = types if order is None else types.expand(b, -1).gather(1, order)
-    a["inputs_embeds"] = x if order is None else x.take_along_dim(order[..., None], 1)
-    out = call(**{k: v for k, v in a.items() if k != "input_ids"})
-    if at.whole:
-        return out
-    return _cut(out, p + n, torch.arange(p, p + n, device=x.device)[None] if order is None else order.argsort(1)[:, p:])
+    a |= {"input_ids": None, "inputs_embeds": x if order is None else x.take_along_dim(order[..., None], 1)}
+    out = call(**a)
+    places = torch.arange(p + n, device=x.device)[None] if order is None else order.argsort(1)
+    return out if at.whole else _cut(out, p + n, places[:, p:])
 
 
 def _refuse(module: nn.Module, mask: Any, own: Tensor | None, p: int, n: int, seen: Any) -> None:
@@ -154,15 +159,15 @@ def _refuse(module: nn.Module, mask: Any, own: Tensor | None, p: int, n: int, se
         )
     if mask is not None and seen and mask.shape[1] + p > seen + n:
         raise DeltatuneError(
-            f"attention_mask counts {mask.shape[1]} tokens, but cache and call hold {seen + n - p} beside the prompt of "
-            f"{p}: go on from a cache by passing all its tokens' mask and only the new tokens"
+            f"attention_mask counts {mask.shape[1]} tokens, but cache and call hold {seen + n - p} beside the prompt "
+            f"of {p}: go on from a cache by passing all its tokens' mask and only the new tokens"
         )
     if own is not None and own.shape[1] > 1 and not torch.compiler.is_compiling():
         real = torch.ones_like(own, dtype=torch.bool) if mask is None else mask.bool()
         if bool(((own[:, 1:] <= own[:, :-1]) & real[:, 1:] & real[:, :-1]).any()):
             raise DeltatuneError(
-                f"position_ids restart within a row: only the first of the packed documents would see the prompt before "
-                f"{name}; train prompts on padded rows, without packing"
+                f"position_ids restart within a row: only the first of the packed documents would see the prompt "
+                f"before {name}; train prompts on padded rows, without packing"
             )
 
 
@@ -180,12 +185,22 @@ def _cut(out: Any, length: int, places: Tensor) -> Any:
     return out
 
 
-def widened(at: Layout, call: Any, slots: Tensor, holes: bool, args: Any, kwargs: Any) -> Any:
-    """`call` a decoder whose encoder's states hold a prompt: the mask over them is extended. `slots` (b or 1, p)."""
-    a = arguments(call.module, args, kwargs)
-    states, mask = a.get("encoder_hidden_states"), a.get("encoder_attention_mask")
-    if states is not None and (mask is not None or holes):
-        b, n = states.shape[0], states.shape[1] - slots.shape[1]
-        mask = slots.new_ones(b, n, dtype=torch.long) if mask is None else mask
-        a["encoder_attention_mask"] = arrange(at, slots.to(mask.device).expand(b, -1), mask)[0]
-    return call(**a)
+class Prompt(Intervention):
+    """`prompt` (p, d) at a backbone. With none, only the positions of its tokens come from the mask."""
+
+    roles = {"prompt": "prompt"}
+
+    def __init__(self, at: Layout, start: Tensor | None = None) -> None:
+        super().__init__()
+        self.at = at
+        self.register_parameter("prompt", None if start is None else nn.Parameter(start))
+
+    def forward(self, call: Base, *args: Any, **kwargs: Any) -> Any:
+        return prompted(self.at, call, None if self.prompt is None else self.prompt[None], None, args, kwargs)
+
+    @classmethod
+    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if (first := next((u for u in units if u.prompt is not None), None)) is None:
+            return units[0](call, *args, **kwargs)
+        prompts, slots = stack([first.prompt[:0] if u.prompt is None else u.prompt for u in units], rows)
+        return prompted(first.at, call, prompts, slots, args, kwargs)

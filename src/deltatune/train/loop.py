@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -90,7 +90,13 @@ def fit(
     with ExitStack() as stack:
         trainer = _Trainer(model, adapter, batches, eval_batches, options or TrainOptions(), callbacks,
                            None if output is None else Path(output), resume, report, stack)  # fmt: skip
-        return trainer.train(stack.enter_context(interruptible()))
+        try:
+            return trainer.train(stack.enter_context(interruptible()))
+        except torch.OutOfMemoryError as e:
+            raise DeltatuneError(
+                f"step {trainer.run.step}: out of memory with {trainer.held()} in a forward pass; lower "
+                "train.tokens_per_batch, which changes nothing else, or set train.activation_checkpointing"
+            ) from e
 
 
 class _Trainer:
@@ -175,6 +181,11 @@ class _Trainer:
         return Result(run.step, run.steps, loss, self.best, kept, self._early() and run.step < run.steps, self.tokens,
                       self._elapsed(), self.saved, self.finding, self.history)  # fmt: skip
 
+    def held(self) -> str:
+        """What a micro-batch holds, in words."""
+        tokens, rows = self.batches.tokens_per_batch, self.batches.batch_size
+        return f"{tokens} tokens" if tokens else f"{rows} rows of up to {self.batches.capacity} tokens"
+
     def _step(self) -> Record:
         """One optimizer step."""
         run, options = self.run, self.options
@@ -227,7 +238,7 @@ class _Trainer:
         self.unlogged += tokens
         lr = self.optimizer.param_groups[0]["lr"]
         return {"loss": summed / trained, "lr": lr, "grad_norm": float(norm), "tokens": tokens,
-                "trained_tokens": trained, "epoch": self.batches.epoch}  # fmt: skip
+                "trained_tokens": trained}  # fmt: skip
 
     def _compare(self, loss: float) -> bool:
         if loss == loss and (self.best is None or loss < self.best["eval_loss"]):
@@ -275,9 +286,8 @@ class _Trainer:
                 "method": told, "callbacks": self.names, "base": self.base, "world": self.processes.world}  # fmt: skip
 
     def _check(self, saved: dict[str, Any]) -> None:
-        now = self._state()
-        now, was = {**now, **now.pop("options")}, {**saved, **saved["options"]}
-        for name, value in now.items():
+        now, was = self._state(), {**saved, **saved["options"]}
+        for name, value in {**now.pop("options"), **now}.items():
             if value != was.get(name):
                 told = (f"{name} was {was.get(name)!r} in the saved run and is {value!r} now" if name != "base"
                         else "the base model is not the one that the saved run began with")  # fmt: skip
@@ -357,7 +367,8 @@ class _Trainer:
     def _close(self) -> None:
         assert self.log is not None and self.output is not None
         self.log.close()
-        metrics.draw(metrics.read(self.log.path), self.output / metrics.CURVE)
+        with suppress(DeltatuneError):  # on a full disk: whatever ends the run matters more than its picture
+            metrics.draw(metrics.read(self.log.path), self.output / metrics.CURVE)
 
 
 def _rows(micro: Sequence[Batch]) -> str:

@@ -80,7 +80,7 @@ def write_merged(base: str | Path, adapters: Sequence[str | Path], output: str |
     if not prompts:
         raise DeltatuneError("merging needs at least one prompt to compare on")
     task = _task(adapters)
-    stored = to_dtype(dtype) or read_config(base).dtype or torch.float32
+    stored: Any = to_dtype(dtype) or read_config(base).dtype or torch.float32
     tokenizer = load_tokenizer(base, adapters)
     model = load_base(base, task, dtype=torch.float32)
     names = [load(model, folder, f"merged-{i}").name for i, folder in enumerate(adapters)]
@@ -95,7 +95,7 @@ def write_merged(base: str | Path, adapters: Sequence[str | Path], output: str |
     merged = _compare(model, tokenizer, expected)
     _refuse_above(TOLERANCE[torch.float32] if tolerance is None else tolerance, merged, "the merged model")
     _tell_untied(model)
-    if model.generation_config is not None:
+    if model.can_generate():
         model.generation_config.eos_token_id = stop_tokens(model, tokenizer)
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -114,7 +114,7 @@ def write_merged(base: str | Path, adapters: Sequence[str | Path], output: str |
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Where answers end: the model's own end tokens, and the tokenizer's, which training ended turns with."""
-    own = getattr(model.generation_config, "eos_token_id", None)
+    own = model.generation_config.eos_token_id
     found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
     return list(dict.fromkeys(int(token) for token in found if token is not None))
 

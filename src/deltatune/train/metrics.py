@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def draw(records: list[Record], path: Path, title: str = "") -> Path | None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    canvas.print_png(str(path))
+    picture = BytesIO()
+    canvas.print_png(picture)
+    write_atomically(path, picture.getvalue())
     return path
 
 
@@ -127,12 +130,11 @@ def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 def progress_bar() -> Iterator[Report]:
     """A bar on the terminal's error stream, to be given to `fit` as `report`: steps, loss, tokens/s, time left."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    columns = (
-        TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
-    )  # fmt: skip
+    told = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True))  # a narrow terminal cuts it at its end
+    columns = (BarColumn(bar_width=12), TimeRemainingColumn(compact=True), told)
     shown: dict[str, Any] = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=None, text="")
@@ -144,11 +146,11 @@ def progress_bar() -> Iterator[Report]:
             shown.update(record)
             if "memory" in record:
                 shown["gigabytes"] = record["memory"] / 1e9
-            text = "  ".join(
+            text = " ".join(
                 form.format(shown[name])
                 for name, form in (
-                    ("loss", "loss {:.4f}"), ("eval_loss", "eval {:.4f}"), ("eval_accuracy", "accuracy {:.1%}"),
-                    ("tokens_per_second", "{:,.0f} tokens/s"), ("gigabytes", "{:.1f} GB"),
+                    ("step", "{:,}"), ("steps", "of {:,}"), ("loss", "loss {:.4f}"), ("eval_loss", "eval {:.4f}"), ("eval_accuracy", "right {:.1%}"),
+                    ("tokens_per_second", "{:,.0f} tok/s"), ("gigabytes", "{:.1f} GB"),
                 )
                 if name in shown
             )  # fmt: skip

@@ -72,7 +72,7 @@ class Proof:
                 "it, or the adapter shares its tensors with it"
             )  # fmt: skip
         requested = list(_requested(run))
-        if not self.felt:
+        if not self.reached:
             raise detached(run)
         complete = self._judge(run, {id(p) for _, p in requested})
         if not complete and run.step < self.last:

@@ -1,0 +1,239 @@
+"""How much memory a run needs, by part, before any weight is loaded; and how much it took.
+
+One training step is run without data: tensors on the device "meta" have shapes and no storage, so the architecture, the
+method and the loss are those of the run, whatever they are, and a model of any size is measured in seconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deltatune.core import Method, attach
+from deltatune.core.adapter import Adapter
+from deltatune.data.encode import Task
+from deltatune.train.options import TrainOptions
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The largest micro-batch: `rows` of `length` tokens, of which `trained` carry loss. `packed`: with a mask by document.
+
+    `target` is the length of a decoder's input where there is an encoder, `labels` the number of classes."""
+
+    rows: int
+    length: int
+    trained: int
+    task: Task = "causal"
+    packed: bool = False
+    target: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak of a training step, by what holds them; `trained` and `base` count parameters."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    loss: int
+    backward: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    def to_dict(self) -> dict[str, int]:
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"total": self.total}
+
+    def __str__(self) -> str:
+        named = [f"{name} {_size(n)}" for name, n in self.to_dict().items() if n and name != "total"]
+        return f"memory estimate {_size(self.total)}: {', '.join(named)}"
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of live storages by the phase that made them, and keeps the counts at their peak."""
+
+    def __init__(self, held: Iterator[Tensor]) -> None:
+        super().__init__()
+        self.phase, self.live, self.peak = "activations", Counter[str](), Counter[str]()
+        self.phases: dict[int, str] = {}  # storage -> phase
+        for t in held:
+            self.own(t, "held")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, Tensor):
+                self.own(t)
+        return out
+
+    def own(self, t: Tensor, phase: str | None = None) -> None:
+        """Count a new storage, or move a known one to `phase`."""
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self.phases.get(key)
+        if known is None:
+            weakref.finalize(storage, self._gone, key, size)
+        elif phase is None:
+            return
+        else:
+            self.live[known] -= size
+        self.phases[key] = now = phase or self.phase
+        self.live[now] += size
+        if self.live.total() > self.peak.total():
+            self.peak = self.live.copy()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.live[self.phases.pop(key)] -= size
+
+
+_PRODUCTS = {F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.bmm,
+             F.conv1d, F.conv2d, torch.addmm, torch.baddbmm}  # fmt: skip
+
+
+class _Kernels(TorchFunctionMode):
+    """What a real device does and "meta" does not: products in `dtype` under autocast, attention without its matrix."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        attends = func is F.scaled_dot_product_attention
+        if self.dtype is torch.bfloat16 and (attends or func in _PRODUCTS):
+            args, kwargs = tuple(map(self._cast, args)), {k: self._cast(v) for k, v in kwargs.items()}
+        if attends and not kwargs.get("dropout_p"):
+            q, k, v = args[:3] if len(args) > 2 else (kwargs[n] for n in ("query", "key", "value"))
+            return _Attention.apply(q, k, v, kwargs.get("attn_mask"))
+        return func(*args, **kwargs)
+
+    def _cast(self, x: Any) -> Any:
+        return x.to(self.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+class _Attention(torch.autograd.Function):
+    """The shapes of a fused attention kernel: keeps its inputs, its output, and a number per query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+        added = None if mask is None else mask.to(q.dtype)  # a mask of booleans becomes one that is added
+        ctx.save_for_backward(q, k, v, added, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None
+
+
+def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOptions, dtype: torch.dtype) -> Counter[str]:
+    """Bytes beside parameters and optimizer at the peak of one step of `model`, which lies on "meta"."""
+    inputs, n = _inputs(model, shape), shape.trained
+    parameters = list((model if adapter is None else adapter).parameters())
+    held = [*model.parameters(), *model.buffers(), *parameters, *inputs.values()]
+    live = _Live(t for t in held if t.device == META)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: live.own(p.grad, "gradients"))  # type: ignore[arg-type]
+             for p in parameters if p.requires_grad]  # fmt: skip
+    head = model.get_output_embeddings() if shape.task in ("causal", "seq2seq") else None
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        live.phase = "loss"
+        return args[0].flatten(0, 1).index_select(0, torch.empty(n, dtype=torch.long, device=META))[None], *args[1:]
+
+    if head is not None:
+        hooks.append(head.register_forward_pre_hook(select))
+    model.train()
+    model.config.use_cache = False
+    if options.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    try:
+        with live:
+            with _Kernels(dtype):
+                logits = model(**inputs).logits
+                live.phase = "loss"
+                logits = logits.flatten(0, -2)[:n].float()
+                loss = F.cross_entropy(logits, torch.empty(len(logits), dtype=torch.long, device=META), reduction="sum")
+                del logits
+                live.phase = "backward"
+                torch.autograd.backward(loss)  # unlike Tensor.backward, leaves the modes on for what is computed again
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p in parameters:
+            p.grad = None
+    del live.peak["held"]
+    return live.peak
+
+
+def _inputs(model: Any, shape: Shape) -> dict[str, Tensor]:
+    def ids(length: int) -> Tensor:
+        return torch.empty(shape.rows, length, dtype=torch.long, device=META)
+
+    seen = torch.empty(shape.rows, 1, shape.length, shape.length, dtype=torch.bool, device=META)
+    given = {"input_ids": ids(shape.length), "attention_mask": seen}
+    if shape.task == "seq2seq":
+        given |= {"decoder_input_ids": ids(shape.target)}
+    return given
+
+
+def warm(dtype: torch.dtype = torch.float32) -> None:
+    """Loads what a first training step makes the process load: kernels, the optimizer, the compiler behind it."""
+    layer = nn.Linear(8, 8).to(dtype)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.ones(2, 8, dtype=dtype)).sum().backward()
+    optimizer.step()
+
+
+def held() -> int:
+    """Bytes of memory that this process holds now: resident ones."""
+    return _status("VmRSS")
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes held since `reset_peak`: of the accelerator's memory, or resident ones."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure: give back what was freed, and forget the peak so far, as of the conversion of weights."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
