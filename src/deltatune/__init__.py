@@ -2,46 +2,39 @@
 
     import deltatune as dt
     law = dt.attach(model, dt.LoRA(r=16, init=dt.PiSSA()), "law")
+
+Names are looked up when they are first used, so that a command that needs no tensor does not load torch.
 """
 
+from __future__ import annotations
+
+import importlib
+from functools import cache
 from typing import Any
 
-from deltatune import models as _models
-from deltatune import registry as _registry
-from deltatune.core import (
-    Adapter,
-    DeltatuneError,
-    Fused,
-    Layers,
-    Part,
-    PerRow,
-    Union,
-    activate,
-    adapters,
-    attach,
-    detach,
-    load,
-    merge,
-    plan,
-    unmerge,
-    using,
-)
-
-_METHODS: dict[str, type] = {n: c for p in _registry.PACKAGES for n, c in _registry.public(p).items()}
-globals().update(_METHODS)
+_CORE = (
+    "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "PerRow", "Union", "activate", "adapters", "attach", "detach", "load",
+    "merge", "plan", "save", "unmerge", "using",
+)  # fmt: skip
+_PACKAGES = ("callbacks", "cli", "core", "data", "inits", "interop", "methods", "models", "registry", "routers", "storage", "train")
 
 
-def methods() -> dict[str, type]:
-    """Every method, init, router and callback, by the name that its paper gives it."""
-    return dict(_METHODS)
+@cache
+def _found() -> dict[str, type]:
+    return importlib.import_module("deltatune.registry").found()
 
 
-def save(adapter: Adapter, folder: str) -> Any:
-    """Write `adapter` to `folder`: see `Adapter.save`."""
-    return adapter.save(folder)
+def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"deltatune.{name}")
+    if name in _CORE:
+        return getattr(importlib.import_module("deltatune.core"), name)
+    if name == "__all__":
+        return sorted((*_CORE, "methods", "train", *_found()))
+    if name.startswith("_") or name not in _found():
+        raise AttributeError(f"module 'deltatune' has no attribute {name!r}")
+    return _found()[name]
 
 
-__all__ = [
-    "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "PerRow", "Union", "activate", "adapters", "attach",
-    "detach", "load", "merge", "methods", "plan", "save", "unmerge", "using", *_METHODS,
-]  # fmt: skip
+def __dir__() -> list[str]:
+    return __getattr__("__all__")

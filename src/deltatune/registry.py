@@ -30,13 +30,18 @@ def public(package: str) -> dict[str, type]:
     return found
 
 
+def found() -> dict[str, type]:
+    """Every method, init, router and callback, by name."""
+    return {n: c for package in PACKAGES for n, c in public(package).items()}
+
+
 def _plain(name: str) -> str:
     return "".join(c for c in name.casefold() if c.isalnum())
 
 
 def named(kind: type[T], name: str) -> type[T]:
     """The class of that kind (`Method`, `Init`, `Callback`) called `name`, case and underscores aside."""
-    known = {_plain(n): c for p in PACKAGES for n, c in public(p).items() if issubclass(c, kind)}
+    known = {_plain(n): c for n, c in found().items() if issubclass(c, kind)}
     if (found := known.get(_plain(name))) is None:
         names = {_plain(c.__name__): c.__name__ for c in known.values()}
         near = nearest(_plain(name), names, 1)

@@ -130,7 +130,8 @@ def test_generation_with_and_without_a_cache_is_that_of_the_real_text(family):
         out = generate(model, {"input_ids": full, "attention_mask": torch.ones_like(full)})[0]
         want.append(out if family in SEQ2SEQ else out[full.shape[1] :])
     dt.attach(model, PromptTuning(length=3, init=TEXT))
-    for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 2}):
+    chunks = {} if family in SEQ2SEQ else {"prefill_chunk_size": 5}
+    for options in ({}, {"use_cache": False}, chunks):
         got = generate(model, batch, **options)[:, 0 if family in SEQ2SEQ else batch["input_ids"].shape[1] :]
         assert torch.equal(got, torch.stack(want)), options
     two = generate(model, batch, num_beams=2)
@@ -359,6 +360,8 @@ def test_packed_rows_and_made_masks_are_refused():
         model(input_ids=ids, attention_mask=torch.ones(2, 1, 6, 6))
     with pytest.raises(dt.DeltatuneError, match="dynamic cache"):
         generate(model, {"input_ids": ids}, cache_implementation="static")
+    with pytest.raises(dt.DeltatuneError, match="padding alone"):
+        generate(model, padded("llama", "left")[0], prefill_chunk_size=3)
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(dt.DeltatuneError, match="counts 9 tokens, but cache and call hold 7"):
         model(input_ids=ids[:, :1], attention_mask=torch.ones(2, 9), past_key_values=cache)

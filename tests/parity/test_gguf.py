@@ -59,16 +59,14 @@ def test_llama_file_gives_back_the_delta_once_transformers_has_undone_the_rotary
     assert fields["general.type"] == "adapter" and fields["adapter.type"] == "lora"
     assert fields["general.architecture"] == "llama"
     assert len(tensors) == 2 * 7 * 2
-    assert tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 32) and tensors["blk.1.attn_k.weight.lora_b"].shape == (
-        16,
-        4,
-    )
+    assert tensors["blk.0.attn_q.weight.lora_a"].shape == (4, 32)
+    assert tensors["blk.1.attn_k.weight.lora_b"].shape == (16, 4)
     config = adapter.model.config
     undo = LlamaTensorProcessor(
         {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
     )
-    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-             "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+    names = {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {"attn_output": "self_attn.o_proj"}
+    names |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
     for i in range(2):
         for theirs, ours in names.items():
             name = f"blk.{i}.{theirs}.weight"

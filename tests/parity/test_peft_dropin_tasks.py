@@ -186,15 +186,35 @@ def test_adalora_penalises_and_prunes_as_peft_does() -> None:
     assert ranks[0] == ranks[1] == 8  # two of four triplets at each of four modules
 
 
-@pytest.mark.parametrize("case", ["ia3", "dora", "pissa", "biases", "biases of targets"])
+@pytest.mark.parametrize("case", ["ia3", "dora", "pissa", "adalora", "biases", "biases of targets", "prefix"])
 def test_peft_reads_what_was_trained(tmp_path: Path, case: str) -> None:
     family, name, options = METHODS[case]
     base = tiny(family)
     untouched = copy.deepcopy(base)
     model = dropin.get_peft_model(base, getattr(dropin, name)(task_type="CAUSAL_LM", **options))
-    _train(model, CAUSAL, tmp_path)
+    _train(model, CAUSAL, tmp_path, callbacks=[Allocate()] if name == "AdaLoraConfig" else None)
     there = peft.PeftModel.from_pretrained(untouched, tmp_path / "checkpoint-8")
-    torch.testing.assert_close(_out(there.get_base_model()), _out(model), rtol=1e-4, atol=1e-4)
+    there = there if name == "PrefixTuningConfig" else there.get_base_model()
+    torch.testing.assert_close(_out(there), _out(model), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_does_not_take_for_its_own_what_it_cannot_read(tmp_path: Path) -> None:
+    """A prefix beside learned positions, which PEFT would shift: our layout, refused by PEFT instead of half loaded."""
+    model = dropin.get_peft_model(tiny("gpt2"), dropin.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises((TypeError, KeyError), match="peft_type"):
+        peft.PeftModel.from_pretrained(tiny("gpt2"), tmp_path)
+    config = dropin.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, dropin.PrefixTuningConfig) and config.num_virtual_tokens == 3
+    with pytest.raises(DeltatuneError, match="cannot be expressed"):
+        dropin.get_peft_model_state_dict(model)
+
+
+def test_not_offered_yet() -> None:
+    with pytest.raises(DeltatuneError, match="not offered yet"):
+        dropin.get_peft_model(tiny("llama"), dropin.PromptEncoderConfig(num_virtual_tokens=3))
+    with pytest.raises(DeltatuneError, match="num_virtual_tokens"):
+        dropin.get_peft_model(tiny("llama"), dropin.PromptTuningConfig())
 
 
 def test_prompt_text(tmp_path: Path) -> None:
@@ -211,6 +231,20 @@ def test_prompt_text(tmp_path: Path) -> None:
     (prompt,) = (p for p in ours.parameters() if p.requires_grad)
     torch.testing.assert_close(prompt.detach(), want)
     assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("PromptTuningConfig", {}), ("PrefixTuningConfig", {}), ("PrefixTuningConfig", {"init_weights": "zero"})],
+)
+def test_random_prompts_have_the_spread_of_pefts(name: str, options: dict[str, Any]) -> None:
+    spread = []
+    for package in (dropin, peft):
+        config = getattr(package, name)(task_type="CAUSAL_LM", num_virtual_tokens=100, **options)
+        model = package.get_peft_model(tiny("llama"), config)
+        drawn = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        spread.append(drawn.std().item())
+    assert spread[0] == pytest.approx(spread[1], rel=0.05, abs=1e-9)
 
 
 def test_pipeline(tmp_path: Path) -> None:
@@ -271,6 +305,9 @@ def test_several_adapters(tmp_path: Path) -> None:
     torch.testing.assert_close(_out(model), mine)
     again = dropin.PeftModel.from_pretrained(tiny("llama"), tmp_path / "law", "law", is_trainable=True)
     assert _trained(again) == {"law"} and again.peft_config["law"].r == 2
+    for name in ("default", "law"):
+        model.delete_adapter(name)
+    assert model.active_adapters == [] and torch.equal(_out(model), before)
     bare = model.unload()
     assert torch.equal(_out(bare), before) and type(bare).__name__ == "LlamaForCausalLM" and bare is base
     assert all(p.requires_grad for p in bare.parameters())

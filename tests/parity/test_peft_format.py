@@ -182,7 +182,6 @@ def test_convolutions_that_peft_computes_otherwise_keep_our_layout(conv, tmp_pat
         ("gpt2", dt.Union(methods=(dt.IA3(), dt.BitFit()))),
         ("gpt2", dt.Union(methods=(dt.LoRA(targets="c_proj"), dt.Tune(targets="c_proj")))),
         ("gpt2", dt.IA3(targets=dt.Part("q", "v"), on_input=dt.Part("q", "v"))),
-        ("opt", dt.LoRA(targets="embed_positions", r=2)),  # its forward is given a mask, which PEFT would look up
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
@@ -199,6 +198,12 @@ def test_what_peft_has_no_words_for_keeps_our_layout(family, method, tmp_path):
     again = base(family)
     dt.load(again, tmp_path)
     close(outputs(again, given), want)
+
+
+def test_an_embedding_that_computes_its_own_index_keeps_our_layout(tmp_path):
+    """OPT's positions are given a mask; PEFT's LoRA would look the mask up."""
+    dt.attach(base("opt"), dt.LoRA(targets="embed_positions", r=2)).save(tmp_path)
+    assert config_of(tmp_path)["deltatune"]["tensors"] == "deltatune"
 
 
 def test_the_configuration_has_the_fields_that_peft_writes(tmp_path):

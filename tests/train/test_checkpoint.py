@@ -49,7 +49,7 @@ def test_a_run_killed_at_any_moment_resumes_bit_for_bit(tmp_path: Path) -> None:
                 break
     assert process.returncode == -signal.SIGKILL
     saved = Checkpoints(killed)["last"]
-    assert saved is not None and saved.name in {"step-5", "step-6", "step-10", "step-12", "step-15", "step-18", "step-20"}
+    assert saved is not None and int(saved.name.removeprefix("step-")) < 24
     *_, result = whole_run(killed, resume=True)
     assert result.history[0]["step"] == int(saved.name.removeprefix("step-")) + 1
     assert losses(killed) == want, f"killed at step {at}"
@@ -97,7 +97,8 @@ def test_callbacks_and_all_generators_resume(tmp_path: Path) -> None:
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
     *_, rest = whole_run(folder, steps=8, resume=True, callbacks=[Noise(), Noise()])
     assert [r["step"] for r in rest.history] == [7, 8]  # from step 6, saved as the best so far
-    assert [(r["loss"], r["grad_norm"]) for r in rest.history] == [(r["loss"], r["grad_norm"]) for r in whole.history[6:]]
+    for found, want in zip(rest.history, whole.history[6:], strict=True):
+        assert (found["loss"], found["grad_norm"]) == (want["loss"], want["grad_norm"])
 
 
 def test_a_whole_model_resumes_too(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, where: str, m
         return real(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, where, full)
-    with pytest.raises(DeltatuneError, match=r"step-2: .*\(No space left on device\); .*step-1 is unchanged; make room"):
+    with pytest.raises(DeltatuneError, match=r"step-2: .*\(No space left on device\); .*step-1 is unchanged"):
         checkpoints.save(_snapshot(2))
     monkeypatch.undo()
     assert {p.name for p in checkpoints.folder.iterdir()} == {"step-1", "last"}
@@ -206,11 +207,12 @@ def test_resume_refuses_what_would_not_be_the_same_run(tmp_path: Path) -> None:
     with pytest.raises(DeltatuneError, match=r"callbacks was \[\] in the saved run and is \['Noise'\] now"):
         whole_run(tmp_path, steps=2, resume=True, callbacks=[Noise()])
     *_, result = whole_run(tmp_path, steps=2, resume=True, log_every=2)
-    assert result.step == 2 and result.history == []
+    assert result.step == 2 and result.history == [] and (result.proof or "").startswith("all 14 sites train")
     model, adapter = model_and_adapter(dropout=0.1, alpha=8.0)
     options = TrainOptions(max_steps=2, lr=5e-3, tokens_per_step=128, eval_every=6)
     with pytest.raises(DeltatuneError, match="method was"):
-        fit(model, adapter, packed_batches(), eval_batches=packed_batches(), options=options, output=tmp_path, resume=True)
+        held_out = packed_batches()
+        fit(model, adapter, packed_batches(), eval_batches=held_out, options=options, output=tmp_path, resume=True)
 
 
 def test_resume_refuses_another_base_and_other_data(tmp_path: Path) -> None:
@@ -228,7 +230,8 @@ def test_the_optimizers_whole_state_goes_through_a_checkpoint(tmp_path: Path) ->
     def make() -> Any:
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
-        groups = [{"params": parameters[:1], "lr": 0.1, "initial_lr": 0.3}, {"params": parameters[1:], "betas": (0.5, 0.9)}]
+        groups: list[dict[str, Any]] = [{"params": parameters[:1], "lr": 0.1, "initial_lr": 0.3}]
+        groups += [{"params": parameters[1:], "betas": (0.5, 0.9)}]
         return parameters, torch.optim.AdamW(groups)
 
     def steps(parameters: Any, optimizer: Any) -> None:

@@ -126,7 +126,8 @@ def test_classes_and_tags_agree_with_a_loop_and_count_hits() -> None:
     tagged = [Example([5, 6, 7], [0, -100, 2], "a"), Example([8, 9], [1, 1], "b")]
     want, n = 0.0, 0
     for e in tagged:
-        for x, label in zip(tagger(input_ids=torch.tensor([e.input_ids])).logits[0].detach().double(), e.labels, strict=True):
+        rows = tagger(input_ids=torch.tensor([e.input_ids])).logits[0].detach().double()
+        for x, label in zip(rows, e.labels, strict=True):
             if label != -100:
                 want, n = want + float(torch.logsumexp(x, 0) - x[label]), n + 1
     found = outcome(tagger, padded(tagged, pad=0, task="tagging"), "tagging")

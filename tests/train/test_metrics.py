@@ -37,7 +37,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     log = Log(tmp_path)
     log.file.close()
     log.file = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(DeltatuneError, match=r"metrics.jsonl: could not be written \(No space left on device\); make room"):
+    with pytest.raises(DeltatuneError, match=r"metrics.jsonl: could not be written \(No space left on device\)"):
         log.write({"step": 1})
     log.close()
 
@@ -65,7 +65,7 @@ def test_memory_is_the_peak_in_bytes() -> None:
 
 def test_tensorboard_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(DeltatuneError, match=r"train.tensorboard: the package is missing; pip install 'deltatune\[track\]'"):
+    with pytest.raises(DeltatuneError, match=r"the package is missing; pip install 'deltatune\[track\]'"):
         Log(tmp_path, tensorboard=True)
     written: list[Any] = []
 

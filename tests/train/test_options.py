@@ -53,6 +53,9 @@ def test_options_of_files_without_a_folder_are_refused(given: dict[str, int]) ->
         TrainOptions(**given).check(evaluates=True, output=None)
 
 
+THEIRS = [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)]
+
+
 def _reference(make: object, warmup: int, steps: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     schedule = make(optimizer, warmup, steps)  # type: ignore[operator]
@@ -64,20 +67,21 @@ def _reference(make: object, warmup: int, steps: int) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize(("name", "make"), [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)])
+@pytest.mark.parametrize(("name", "make"), THEIRS)
 def test_without_warmup_schedules_are_those_of_transformers(name: str, make: object) -> None:
     options = TrainOptions(schedule=name, warmup=0)
     assert [options.factor(i, 7) for i in range(1, 8)] == pytest.approx(_reference(make, 0, 7))
 
 
-@pytest.mark.parametrize(("name", "make"), [("linear", get_linear_schedule_with_warmup), ("cosine", get_cosine_schedule_with_warmup)])
+@pytest.mark.parametrize(("name", "make"), THEIRS)
 def test_with_warmup_they_skip_only_the_step_at_rate_zero(name: str, make: object) -> None:
     options = TrainOptions(schedule=name, warmup=4)
     assert [options.factor(i, 11) for i in range(1, 12)] == pytest.approx(_reference(make, 4, 12)[1:])
 
 
-@given(st.sampled_from(["linear", "cosine", "constant"]), st.integers(1, 300), st.one_of(st.integers(0, 300), st.floats(0, 0.99)))
-def test_the_rate_rises_to_its_peak_at_the_end_of_warmup_and_never_reaches_zero(name: str, steps: int, warmup: float) -> None:
+@given(st.sampled_from(["linear", "cosine", "constant"]), st.integers(1, 300),
+       st.one_of(st.integers(0, 300), st.floats(0, 0.99)))  # fmt: skip
+def test_the_rate_rises_to_its_peak_and_never_reaches_zero(name: str, steps: int, warmup: float) -> None:
     options = TrainOptions(schedule=name, warmup=warmup)
     factors = [options.factor(i, steps) for i in range(1, steps + 1)]
     peak = max(1, warmup if isinstance(warmup, int) else math.ceil(warmup * steps))

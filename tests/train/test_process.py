@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from deltatune.core.errors import DeltatuneError
 from deltatune.data import Batches
 from deltatune.train import checkpoint
 from deltatune.train.loop import fit
+from deltatune.train.metrics import read
 from deltatune.train.options import TrainOptions
 from deltatune.train.process import Processes
 
@@ -39,17 +39,13 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         port = s.getsockname()[1]
     command = [sys.executable, __file__, str(tmp_path / "two")]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    both = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE)
-        for r in range(2)
-    ]
+    ranks = [os.environ | shared | {"RANK": r, "LOCAL_RANK": r} for r in "01"]
+    both = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE) for env in ranks]
     _run(tmp_path / "one")
     for process in both:
         _, err = process.communicate(timeout=200)
         assert process.returncode == 0, err.decode()[-2000:]
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")
-    )
+    one, two = (read(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert (a["step"], a["tokens"], a["trained_tokens"]) == (b["step"], b["tokens"], b["trained_tokens"])
         assert {k: b[k] for k in a if "loss" in k or k == "grad_norm"} == pytest.approx(
@@ -68,7 +64,7 @@ def test_sharded_models_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed_type = DistributedType.FSDP
 
     monkeypatch.setattr("deltatune.train.process.Accelerator", Sharded)
-    with pytest.raises(DeltatuneError, match="FSDP shards the model, which this loop does not do; launch with --multi_gpu"):
+    with pytest.raises(DeltatuneError, match="FSDP shards the model, which this loop does not do"):
         Processes()
 
 

@@ -38,7 +38,7 @@ def test_it_says_what_trains_and_how_many_tokens_carry_loss() -> None:
 def test_an_adapter_that_is_not_active_is_named_with_the_remedy() -> None:
     model, adapter = model_and_adapter()
     activate(model)
-    with pytest.raises(DeltatuneError, match=r"stopped at step 1: no parameter of adapter 'default' had a gradient.*activate"):
+    with pytest.raises(DeltatuneError, match=r"step 1: no parameter of adapter 'default' had a gradient.*activate"):
         _fit(model, adapter)
 
 
@@ -69,7 +69,7 @@ def test_parameters_too_coarse_to_move_are_named() -> None:
     with torch.no_grad():
         for p in adapter.parameters():
             p.fill_(1.0)
-    with pytest.raises(DeltatuneError, match=r"did not move: a learning rate of 1e-06 is too small for torch.bfloat16; raise lr"):
+    with pytest.raises(DeltatuneError, match="did not move: a learning rate of 1e-06 is too small for torch.bfloat16"):
         _fit(model, adapter, lr=1e-6)
 
 
@@ -123,7 +123,8 @@ class Rest(Callback):
     step: int
 
     def start(self, run: Run) -> Events:
-        run.model.get_submodule(PART).register_forward_hook(lambda m, args, out: out.detach() if run.step < self.step else out)
+        site = run.model.get_submodule(PART)
+        site.register_forward_hook(lambda m, args, out: out.detach() if run.step < self.step else out)
         return Events()
 
 

@@ -1,6 +1,6 @@
 """The only package that touches a live model. Methods depend on it; it depends on no method."""
 
-from deltatune.core.adapter import Adapter
+from deltatune.core.adapter import Adapter, save
 from deltatune.core.callback import Callback, Events, Groups, Run
 from deltatune.core.checkpoint import load
 from deltatune.core.config import Config
@@ -13,5 +13,5 @@ from deltatune.core.units import Base, Delta, Intervention, PerRow, Router
 __all__ = [
     "Adapter", "Base", "Callback", "Config", "Delta", "DeltatuneError", "Events", "Fused", "Groups", "Init",
     "Intervention", "Layers", "Method", "Part", "PerRow", "Plan", "Router", "Run", "Select", "Shape", "Site", "Union",
-    "activate", "adapters", "attach", "detach", "load", "matching", "merge", "nearest", "plan", "resolve", "unmerge", "using",
+    "activate", "adapters", "attach", "detach", "load", "matching", "merge", "nearest", "plan", "resolve", "save", "unmerge", "using",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deltatune.core.callback import Callback
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.method import Method
+from deltatune.core.plugins import load_plugins
 from deltatune.core.slot import Record, slots, switch_of
 from deltatune.core.units import Intervention
 
@@ -120,6 +121,7 @@ class Adapter:
 
     def save(self, folder: str | Path) -> Path:
         """Write `adapter_config.json` and `adapter_model.safetensors`, in PEFT's layout where PEFT has the method."""
+        load_plugins()
         method = self._portable_method()
         own = {"format": FORMAT, "name": self.name, "method": method.to_dict()}
         encoded = next((w for e in _ENCODERS if (w := e(self)) is not None), None)
@@ -149,6 +151,11 @@ class Adapter:
             method.to_dict()
             return method
         return fix(method, tuple(dict.fromkeys(path for path, *_ in self.sites())))
+
+
+def save(adapter: Adapter, folder: str | Path) -> Path:
+    """Write `adapter` to `folder`: see `Adapter.save`."""
+    return adapter.save(folder)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

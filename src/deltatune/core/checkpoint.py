@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deltatune.core.adapter import CONFIG, FORMAT, TENSORS, Adapter
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.method import Method
+from deltatune.core.plugins import load_plugins
 from deltatune.core.surgery import attach, detach
 
 Decoder = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Tensor]], tuple[Method, dict[str, Tensor]]]
@@ -52,16 +53,15 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, dtype
 
     Raises DeltatuneError, and leaves the model as it was, when files are missing or tensors do not fit the model.
     """
+    load_plugins()
     config, tensors = read_folder(folder)
     own = config.get("deltatune", {})
     if own.get("format", FORMAT) > FORMAT:
         raise DeltatuneError(f"{folder}: format {own['format']} is newer than this library reads ({FORMAT}); upgrade it")
     if own.get("tensors") == "deltatune":
         method = Method.from_dict(own["method"])
-    elif _DECODERS:
-        method, tensors = _DECODERS[0](model, config, tensors)
     else:
-        raise DeltatuneError(f"{folder}: written in PEFT's format; import deltatune.interop to read it")
+        method, tensors = _DECODERS[0](model, config, tensors)
     adapter = attach(model, method, name or own.get("name") or "default", dtype=dtype)
     try:
         adapter.load_state_dict(tensors)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from deltatune.core import layers
 from deltatune.core.config import Config
 from deltatune.core.errors import DeltatuneError, nearest
+from deltatune.core.plugins import load_plugins
 
 SLOT = "adapters"  # the child of a grafted module that holds its adapters
 Select = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Config | tuple[Any, ...] | None
@@ -111,6 +112,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def resolve(model: nn.Module, select: Select, usual: tuple[str, ...] = ()) -> list[Match]:
     """The matches of `select` in the order of the model; raises when it, or a member of a tuple, finds nothing."""
+    load_plugins()
     found = {m.key: m for m in _find(model, select, usual)}
     whole = {path for path, rows in found if rows is None}
     order = {path: i for i, (path, _) in enumerate(walk(model))}
@@ -163,8 +165,6 @@ def _is_head(path: str, module: nn.Module, model: nn.Module) -> bool:
 
 def _find_parts(model: nn.Module, names: tuple[str, ...], partly: bool = False) -> list[Match]:
     """`partly`: an architecture may lack some of a method's usual parts, never all of them."""
-    if not _PARTS:
-        raise DeltatuneError("no architecture is known: import deltatune, or give `targets`")
     known = {k: v for k, v in _PARTS[0](model).items() if v is not None}
     if missing := [n for n in names if n not in known]:
         if not partly or len(missing) == len(names):

@@ -97,6 +97,7 @@ class PeftConfig:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise DeltatuneError(f"{path}: not valid JSON ({e})") from e
+        found = found.get("deltatune", {}).get("peft", found)  # there when only we can read the tensors
         kind = found.get("peft_type")
         if kind not in CONFIGS:
             raise DeltatuneError(f"{path}: peft_type {kind!r} is not offered here{nearest(str(kind), CONFIGS)}")

@@ -36,7 +36,7 @@ def _triplets(unit: Intervention) -> tuple[float, Tensor, Tensor, Tensor] | None
         if (inner := _triplets(unit.inner)) is None:
             return None
         s, a, b, e = inner
-        return s, a, b.new_zeros(unit.out, b.shape[1]).index_copy(0, unit.rows, b), e
+        return s, a, b.new_zeros(unit.out, b.shape[1]).index_copy(0, unit.get_buffer("rows"), b), e
     if type(unit) is not Triplets:
         return None
     return unit.s, unit.a.detach(), unit.b.detach(), unit.e.detach()

@@ -29,14 +29,15 @@ def encode_ia3(model: nn.Module, parts: Sequence[Method], places: Sequence[Place
             l = torch.ones(len(layers.read(place.module, "weight")))
             for unit, _ in place.units:
                 if isinstance(unit, Sliced):
-                    l[unit.rows.cpu()] *= unit.inner.l.detach().cpu()  # type: ignore[union-attr, operator]
+                    l[unit.get_buffer("rows").cpu()] *= unit.inner.get_parameter("l").detach().cpu()
                 else:
-                    l = l * unit.l.detach().cpu()  # type: ignore[operator]
+                    l = l * unit.get_parameter("l").detach().cpu()
             shape = (1, -1, *[1] * (place.module.weight.ndim - 2)) if conv else (-1, 1)
             tensors[f"{place.path}.ia3_l"] = l.reshape(shape)
         elif kind is ScaledInput and not conv and not any(isinstance(u, Sliced) for u, _ in place.units):
             inputs.append(place.path)
-            tensors[f"{place.path}.ia3_l"] = torch.stack([u.l.detach() for u, _ in place.units]).prod(0)[None]  # type: ignore[misc]
+            scales = torch.stack([u.get_parameter("l").detach() for u, _ in place.units])
+            tensors[f"{place.path}.ia3_l"] = scales.prod(0)[None]
         else:
             return None
     paths = [p.path for p in places]

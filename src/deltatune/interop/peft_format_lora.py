@@ -62,8 +62,8 @@ def adaptable(module: Any) -> bool:
     if layers.is_linear(module):
         return True
     if isinstance(module, nn.Embedding):
-        plain = layers.plain_class(type(module)).forward is nn.Embedding.forward
-        return plain or hasattr(module, "embed_scale")
+        cls: Any = layers.plain_class(type(module))
+        return cls.forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     if isinstance(module, _CONVOLUTIONS):  # PEFT's A has neither the dilation, the groups nor the padding mode
         return module.groups == 1 and set(module.dilation) == {1} and module.padding_mode == "zeros"
     return False
@@ -75,7 +75,7 @@ def _factors(unit: Intervention) -> tuple[float, Tensor, Tensor] | None:
         if (inner := _factors(unit.inner)) is None:
             return None
         s, up, down = inner
-        return s, up.new_zeros(unit.out, up.shape[1]).index_copy(0, unit.rows, up), down
+        return s, up.new_zeros(unit.out, up.shape[1]).index_copy(0, unit.get_buffer("rows"), up), down
     if type(unit) is not LowRank:
         return None
     a, b = unit.a.detach(), unit.b.detach()
@@ -109,11 +109,11 @@ def _magnitude(place: Placed) -> tuple[Tensor, list[Intervention]] | None:
         if m is None or done is None:
             m = torch.linalg.vector_norm(frozen(place.module, "weight").to(piece.m.dtype), dim=1)
             done = torch.zeros(len(m), dtype=torch.bool, device=m.device)
-        if bool(done[unit.rows].any()):
+        if bool(done[unit.get_buffer("rows")].any()):
             return None
-        done[unit.rows] = True
-        m = m.index_copy(0, unit.rows, piece.m.detach().to(m.device))
-        inner.append(Sliced(piece.inner, unit.rows, unit.out))
+        done[unit.get_buffer("rows")] = True
+        m = m.index_copy(0, unit.get_buffer("rows"), piece.m.detach().to(m.device))
+        inner.append(Sliced(piece.inner, unit.get_buffer("rows"), unit.out))
     return None if m is None else (m, inner)
 
 

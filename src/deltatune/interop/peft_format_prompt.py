@@ -34,7 +34,7 @@ def encode_prompt(model: nn.Module, parts: Sequence[Method], places: Sequence[Pl
     units = [u for p in places for u, _ in p.units if type(u) is not CrossMask]
     if len(units) != 1 or type(units[0]) is not Prompt or units[0].at.after or task_of(model) in (None, "QUESTION_ANS"):
         return None
-    prompt, config = units[0].prompt.detach(), model.config
+    prompt, config = units[0].get_parameter("prompt").detach(), model.config
     fields = DEFAULTS | {
         "num_attention_heads": anatomy.heads(config),
         "num_layers": anatomy.layers(config),

@@ -1,4 +1,4 @@
-"""The root of a model, given a subclass of its own class as core does with modules, and what transformers sees there."""
+"""The root of a model, given a subclass of its own class as core does with modules; what transformers sees there."""
 
 from __future__ import annotations
 

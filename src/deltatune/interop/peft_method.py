@@ -298,7 +298,7 @@ def _prefix(model: nn.Module, config: PrefixTuningConfig) -> Method:
 
 
 def _ptuning(model: nn.Module, config: PromptEncoderConfig) -> Method:
-    raise DeltatuneError("PromptEncoderConfig: not yet")
+    raise DeltatuneError("PromptEncoderConfig: P-tuning is not offered yet; prompt tuning and prefix tuning are")
 
 
 def _fill(model: nn.Module, config: PromptLearningConfig) -> PromptLearningConfig:

@@ -90,7 +90,8 @@ class PeftModel(Rooted):
         """The base's `forward`, under the adapters in effect or those named for each row."""
         with self._rows(adapter_names):
             out = forward(*args, **kwargs)
-        if isinstance(self.active_peft_config, AdaLoraConfig) and getattr(out, "loss", None) is not None:
+        config = self.active_peft_config if self.active_adapters else None
+        if isinstance(config, AdaLoraConfig) and getattr(out, "loss", None) is not None:
             run, events = _allocation(self)
             events.unpenalised = True  # PEFT adds the penalty to every loss
             out.loss = events.on_loss(run, out.loss)
@@ -186,6 +187,8 @@ class PeftModel(Rooted):
             written = json.loads(path.read_text())
             fields = self.peft_config[name].to_dict() | {"inference_mode": True}
             own = {k: v for k, v in fields.items() if k not in written or (v is not None and k not in _AS_WRITTEN)}
+            if written["deltatune"]["tensors"] != "peft":  # PEFT must not take the file for one of its own
+                own = {"deltatune": written["deltatune"] | {"peft": fields}}
             core_adapter.write_atomically(path, json.dumps(written | own, indent=2, sort_keys=True).encode())
 
     @classmethod

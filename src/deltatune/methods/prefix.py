@@ -3,9 +3,8 @@
     attention(Q, [P_k; K], [P_v; V])          at every attention of every block               (sec. 4.2)
     [P_k, P_v] = W_up tanh(W_down P' + b) + b_up,   P' in R^{p x d}, W_down in R^{m x d}      (sec. 4.3)
 
-Encoder, decoder and cross-attention have a P' and W_down of their own; each attention has its rows of W_up. The
-network serves training only: `flatten` then leaves P_k and P_v. Tokens keep the positions that they have without
-the prefix, and the prefix keys are not rotated.
+Encoder, decoder and cross-attention have a P' and W_down of their own; each attention has its rows of W_up. The network
+serves training only: `flatten` leaves P_k and P_v. Positions of tokens are not shifted, prefix keys are not rotated.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ class PrefixTuning(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("length", self.length), ("hidden", self.hidden)):
-            if value is not None and value < 1:
-                raise DeltatuneError(f"PrefixTuning: {name} must be at least 1, got {value}")
+        if wrong := [n for n, v in (("length", self.length), ("hidden", self.hidden)) if v is not None and v < 1]:
+            raise DeltatuneError(f"PrefixTuning: {wrong[0]} must be at least 1, got {getattr(self, wrong[0])}")
 
     def parts(self) -> Sequence[Method]:
         return self, Positions()
@@ -43,14 +41,13 @@ class PrefixTuning(Method):
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         if self.hidden is None:
             return None
-        first = {group(s): s for s in reversed(sites)}
-        return nn.ModuleDict({g: Trunk(s, self.length, self.hidden) for g, s in first.items()})
+        return nn.ModuleDict({g: Trunk(s, self.length, self.hidden) for g, s in {group(s): s for s in sites}.items()})
 
     def build(self, site: Site, shared: nn.Module | None) -> Prefix:
         heads, dim = geometry(site)
-        if self.hidden is not None and isinstance(shared, nn.ModuleDict):
-            return Prefix(Network(shared[group(site)], self.hidden, site, heads, dim))
-        return Prefix(Flat(*torch.randn(2, heads, self.length, dim, **site.like)))
+        if not isinstance(shared, nn.ModuleDict) or self.hidden is None:
+            return Prefix(Flat(*torch.randn(2, heads, self.length, dim, **site.like)))
+        return Prefix(Network(shared[group(site)], self.hidden, site, heads, dim))
 
 
 class Flat(nn.Module):
@@ -65,7 +62,7 @@ class Flat(nn.Module):
 
 
 class Trunk(nn.Module):
-    """`prefix` (p, d) and the first layer of the network."""
+    """`prefix` P' (p, d) and `down`."""
 
     def __init__(self, site: Site, length: int, hidden: int) -> None:
         super().__init__()
@@ -77,7 +74,7 @@ class Trunk(nn.Module):
 
 
 class Network(nn.Module):
-    """`up`: those rows of the second layer that make the keys and values of one attention."""
+    """`up`: the rows of W_up that make the keys and values of one attention."""
 
     def __init__(self, trunk: nn.Module, hidden: int, site: Site, heads: int, dim: int) -> None:
         super().__init__()
@@ -92,7 +89,7 @@ class Network(nn.Module):
 class Prefix(Intervention):
     """`source()` -> P_k, P_v (kv heads, p, head_dim)."""
 
-    only_prepends = True
+    only_prepends = True  # so it runs where attention is computed in the module, too
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
@@ -109,14 +106,13 @@ class Prefix(Intervention):
 
 @torch.no_grad()
 def flatten(adapter: Adapter) -> None:
-    """Replace the network by the keys and values that it makes, the same to the bit: saved and served are they alone."""
+    """Replace the network by the keys and values that it makes, the same to the bit: they alone are saved then."""
     for _, unit in adapter.units():
         if isinstance(unit, Prefix) and isinstance(unit.source, Network):
             unit.source = Flat(*(t.clone() for t in unit.source()))
-    record = adapter.record
-    for i in [str(i) for i, part in enumerate(record.method.parts()) if isinstance(part, PrefixTuning) and part.hidden]:
-        record.shared.pop(i)
-    record.method = _flat(record.method)
+    for i in [i for i, m in enumerate(adapter.method.parts()) if isinstance(m, PrefixTuning) and m.hidden is not None]:
+        adapter.record.shared.pop(str(i))
+    adapter.record.method = _flat(adapter.method)
 
 
 def _flat(method: Method) -> Method:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Intervention, Method, Site
-from deltatune.models.prompting import Layout, Prompt, arguments, arrange, embeddings, layout, stack
+from deltatune.models.calls import arguments
+from deltatune.models.prompting import Layout, Prompt, arrange, embeddings, layout, stack
 
 Ids = tuple[int, ...]
 
@@ -66,7 +67,7 @@ class PromptTuning(Method):
             return torch.empty(p, d, **site.like)
         if self.init == "uniform":
             return torch.rand(p, d, **site.like) - 0.5
-        rows: list[Ids] = [(i,) for _ in range(0, p, n) for i in torch.randperm(n).tolist()][:p]
+        rows: list[Ids] = list(zip(torch.cat([torch.randperm(n) for _ in range(0, p, n)]).tolist()))  # noqa: B905
         if isinstance(self.init, tuple):
             given: list[Ids] = [i if isinstance(i, tuple) else (i,) for i in self.init]
             rows = given + rows if isinstance(self.init[0], tuple) else given * -(-p // len(given))

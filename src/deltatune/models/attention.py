@@ -33,7 +33,7 @@ _ALONE = ("bloom", "falcon", "gptj", "deberta-v2", "mpt", "codegen")  # model ty
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, _configured: str,
             **kwargs: Any) -> Any:  # fmt: skip
     """query (b, heads, q, d), key and value (b, kv heads, k, d), mask (b, 1, q, k) -> ((b, q, heads, d), weights)."""
-    eager = sys.modules[layers_module(type(module))].__dict__.get("eager_attention_forward")
+    eager: Any = sys.modules[layers_module(type(module))].__dict__.get("eager_attention_forward")
     configured = partial(ALL_ATTENTION_FUNCTIONS.get_interface(_configured, eager), module)
     slot = module._modules.get(SLOT)
     if slot is None:

@@ -87,7 +87,7 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
 
 
 def load_tokenizer(base: str | Path, adapters: Sequence[str | Path] = ()) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the first of `adapters` that has one, else the base's, with the chat template saved there."""
+    """The tokenizer beside the first of `adapters` that has one, else the base's, with a chat template saved there."""
     own = next((Path(a) for a in adapters if any((Path(a) / name).is_file() for name in TOKENIZERS)), None)
     where = str(own) if own is not None else locate(base)
     if Path(where).is_dir() and not any((Path(where) / name).is_file() for name in TOKENIZERS):
@@ -147,5 +147,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _why(error: Exception, where: str) -> str:
-    remedy = "" if Path(where).is_dir() else "; give a folder, a name on huggingface.co (and a connection), or 'default'"
+    remedy = "" if Path(where).is_dir() else "; give a folder, a name on huggingface.co (if connected), or 'default'"
     return (str(error).strip() or type(error).__name__).splitlines()[0] + remedy

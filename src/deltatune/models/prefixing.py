@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.core.layers import plain_class
 from deltatune.core.method import Method, Site
 from deltatune.core.select import Select
 from deltatune.core.units import Base
 from deltatune.models import anatomy, attention
-from deltatune.models.prompting import Layout, Prompt, accepted
+from deltatune.models.calls import accepted
+from deltatune.models.prompting import Layout, Prompt
 
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention|cross_attn")
 
@@ -64,7 +64,7 @@ def stack(prefixes: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tens
 
 def prepend(call: Base, k: Tensor, v: Tensor, slots: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
             mask: Tensor | None, *, position_bias: Tensor | None = None, **kwargs: Any) -> Any:  # fmt: skip
-    """Attention over [k; key], [v; value], k and v (b or 1, kv heads, p, head_dim); `slots` (b, p): which a row sees."""
+    """Attention over [k; key], [v; value]; k, v (b or 1, kv heads, p, head_dim), `slots` (b, p): which a row sees."""
     b, p = len(query), k.shape[2]
     if mask is None and (slots is not None or _looks_back(call.module, query, kwargs)):
         n, m = query.shape[2], key.shape[2]
@@ -103,12 +103,12 @@ def _counts(path: str, module: nn.Module) -> bool:
     """Whether this is a backbone, which holds no other model; a decoder beside an encoder, if it takes positions."""
     if [m for m in module.modules() if isinstance(m, PreTrainedModel)] != [module]:
         return False
-    return "position_ids" in accepted(plain_class(type(module))) or path.rpartition(".")[2] != "decoder"
+    return "position_ids" in accepted(module) or path.rpartition(".")[2] != "decoder"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Positions(Method):
-    """Positions that count real tokens: left padding would else move the tokens away from keys that have no position."""
+    """Positions that count real tokens: left padding would move the tokens away from keys that have no position."""
 
     targets: Select = _counts
 

@@ -7,10 +7,8 @@ cache is empty; later the masks and positions count it, and callers go on passin
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from deltatune.core.layers import plain_class
 from deltatune.core.method import Site
 from deltatune.core.units import Base, Intervention
 from deltatune.models.anatomy import ANATOMY, parts
+from deltatune.models.calls import accepted, arguments
 
 CLASSIFIERS = ("bert", "roberta", "deberta-v2", "distilbert")  # their first token, [CLS], is read by a pooler
 
@@ -41,32 +40,14 @@ class Layout:
 
 def layout(site: Site) -> Layout:
     """That of the backbone at `site`; raises DeltatuneError if it does not take embedded tokens."""
-    module, kind = site.module, getattr(site.config, "model_type", None)
-    if "inputs_embeds" not in accepted(plain_class(type(module))):
+    module, kind = site.module, str(getattr(site.config, "model_type", None))
+    if "inputs_embeds" not in accepted(module):
         name = plain_class(type(module)).__name__
         raise DeltatuneError(f"{site.path or 'the model'} ({name}) takes no embedded tokens, so it cannot be prompted")
     if kind in CLASSIFIERS and not getattr(site.config, "is_decoder", False):
         return Layout(after=1, causal=False)
     encoder = kind in ANATOMY and ANATOMY[kind].encoder is not None
     return Layout(causal=not encoder, whole=encoder and "decoder" in parts(site.model))
-
-
-@cache
-def _recorded(cls: type[nn.Module]) -> None:
-    """transformers finds by a class's printed name whether it can return hidden states: keep the plain one's."""
-    cls.__qualname__ = plain_class(cls).__qualname__
-
-
-@cache
-def accepted(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of the arguments of a module's own forward, `self` aside."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
-def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's arguments by name."""
-    _recorded(type(module))
-    return {**dict(zip(accepted(plain_class(type(module))), args, strict=False)), **kwargs}
 
 
 def embeddings(module: Any) -> nn.Module:
@@ -104,7 +85,7 @@ def positions(module: nn.Module, mask: Tensor) -> Tensor:
 
 def _first(module: nn.Module) -> int:
     """The first position: RoBERTa's table begins after the padding token's number."""
-    own = getattr(module, "embeddings", None)
+    own: Any = getattr(module, "embeddings", None)
     return own.padding_idx + 1 if hasattr(own, "create_position_ids_from_inputs_embeds") else 0
 
 
@@ -112,7 +93,7 @@ def prompted(at: Layout, call: Any, prompt: Tensor | None, slots: Tensor | None,
     """`call` a backbone with `prompt` (b or 1, p, d) in place; `slots` (b, p): what of it a row has, None for all."""
     module, a = call.module, arguments(call.module, args, kwargs)
     mask, own = a.get("attention_mask"), a.get("position_ids")
-    counts = own is None and "position_ids" in accepted(plain_class(type(module)))
+    counts = own is None and "position_ids" in accepted(module)
     tokens = next((a[n] for n in ("input_ids", "inputs_embeds") if a.get(n) is not None), None)
     if prompt is None or tokens is None:
         if counts and tokens is not None and isinstance(mask, Tensor) and mask.ndim == 2:
@@ -121,7 +102,7 @@ def prompted(at: Layout, call: Any, prompt: Tensor | None, slots: Tensor | None,
     past = a.get("past_key_values")
     seen = 0 if past is None else past.get_seq_length()
     (b, n), p = tokens.shape[:2], prompt.shape[1]
-    _refuse(module, mask, None if seen else own, p, n, seen)
+    _refuse(module, mask, None if seen else own, p, n, seen, past is not None)
     if mask is None and (slots is not None or at.after or (own is not None and not seen)):
         mask = torch.ones(b, n + (seen - p if seen else 0), dtype=torch.long, device=tokens.device)
     order = behind = None
@@ -131,7 +112,7 @@ def prompted(at: Layout, call: Any, prompt: Tensor | None, slots: Tensor | None,
     if own is not None:
         shift = p if slots is None else slots.sum(1, keepdim=True)
         if not seen:
-            assert slots is not None and behind is not None
+            assert slots is not None and behind is not None and order is not None  # there is a mask
             before = (slots.cumsum(1) - 1 + at.after).clamp(min=0) + _first(module)
             own = torch.cat([before, own.expand(b, -1) + shift * behind], 1).gather(1, order)
         a["position_ids"] = own if not seen else own + shift
@@ -150,7 +131,7 @@ def prompted(at: Layout, call: Any, prompt: Tensor | None, slots: Tensor | None,
     return out if at.whole else _cut(out, p + n, places[:, p:])
 
 
-def _refuse(module: nn.Module, mask: Any, own: Tensor | None, p: int, n: int, seen: Any) -> None:
+def _refuse(module: nn.Module, mask: Any, own: Tensor | None, p: int, n: int, seen: Any, cached: bool) -> None:
     name = plain_class(type(module)).__name__
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise DeltatuneError(
@@ -161,6 +142,11 @@ def _refuse(module: nn.Module, mask: Any, own: Tensor | None, p: int, n: int, se
         raise DeltatuneError(
             f"attention_mask counts {mask.shape[1]} tokens, but cache and call hold {seen + n - p} beside the prompt "
             f"of {p}: go on from a cache by passing all its tokens' mask and only the new tokens"
+        )
+    if mask is not None and cached and not seen and not torch.compiler.is_compiling() and not mask.any(1).all():
+        raise DeltatuneError(
+            f"a row of the first tokens before {name} is padding alone, so its prompt has no place yet; pad less, or "
+            "make `prefill_chunk_size` longer than the padding"
         )
     if own is not None and own.shape[1] > 1 and not torch.compiler.is_compiling():
         real = torch.ones_like(own, dtype=torch.bool) if mask is None else mask.bool()
@@ -196,7 +182,8 @@ class Prompt(Intervention):
         self.register_parameter("prompt", None if start is None else nn.Parameter(start))
 
     def forward(self, call: Base, *args: Any, **kwargs: Any) -> Any:
-        return prompted(self.at, call, None if self.prompt is None else self.prompt[None], None, args, kwargs)
+        own: Any = self.prompt
+        return prompted(self.at, call, None if own is None else own[None], None, args, kwargs)
 
     @classmethod
     def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:

@@ -130,16 +130,15 @@ class _Trainer:
         self.best: dict[str, Any] | None = None
         self.waited = self.tokens = 0
         self.seconds = 0.0
-        self.snapshot = None if last is None else checkpoint.read(last)
-        if self.snapshot is not None:
-            self._check(self.snapshot.state)
-            self.run.step = self.snapshot.state["step"]
+        self.finding: str | None = None
+        if snapshot := None if last is None else checkpoint.read(last):
+            self._check(snapshot.state)
+            self.run.step = snapshot.state["step"]
         for events in self.events:
             events.on_train_start(self.run)
-        if self.snapshot is not None:
-            self._restore(self.snapshot)
+        if snapshot:
+            self._restore(snapshot)
         self.proof = None if self.run.step else Proof(self.run, sums, rests=bool(given))
-        self.finding: str | None = None
         self.log = None
         if output is not None and self.processes.main:
             self.log = Log(output, self.run.step, options.tensorboard)
@@ -161,12 +160,11 @@ class _Trainer:
             run.step += 1
             record = {"step": run.step, "steps": run.steps, **self._step()}
             loss = record["loss"]
-            over = run.step == run.steps
-            if not (run.step % options.log_every == 0 or over):
-                record = {"step": run.step, "steps": run.steps}
-            else:
+            over, improved = run.step == run.steps, False
+            if run.step % options.log_every == 0 or over:
                 record |= self._speed()
-            improved = False
+            else:
+                record = {"step": run.step, "steps": run.steps}
             if self.held_out is not None and (run.step % eval_every == 0 or over):
                 began = time.perf_counter()
                 found = evaluate(self.model, self.held_out, self.dtype, self.processes)
@@ -283,7 +281,8 @@ class _Trainer:
         except DeltatuneError:  # targets given as code
             told = None
         return {"options": self.options.model_dump(mode="json", exclude=MAY_CHANGE), "steps": self.run.steps,
-                "method": told, "callbacks": self.names, "base": self.base, "world": self.processes.world}  # fmt: skip
+                "method": told, "callbacks": self.names, "base": self.base,
+                "world": self.processes.world, "dtype": str(self.dtype)}  # fmt: skip
 
     def _check(self, saved: dict[str, Any]) -> None:
         now, was = self._state(), {**saved, **saved["options"]}
@@ -332,9 +331,9 @@ class _Trainer:
 
     def _interrupt(self) -> None:
         told = f"interrupted after step {self.run.step} of {self.run.steps}"
-        if self.output is None:
-            raise Interrupted(f"{told}; nothing is saved, for want of an output folder")
-        if self.run.step:
+        if self.output is None or not self.run.step:
+            raise Interrupted(f"{told}; nothing is saved{'' if self.output else ', for want of an output folder'}")
+        if self.saved is None or self.saved.name != f"step-{self.run.step}":
             self._save()
         raise Interrupted(f"{told}; saved {self.saved}; run the same again with resume to go on from there")
 

@@ -149,7 +149,8 @@ def progress_bar() -> Iterator[Report]:
             text = " ".join(
                 form.format(shown[name])
                 for name, form in (
-                    ("step", "{:,}"), ("steps", "of {:,}"), ("loss", "loss {:.4f}"), ("eval_loss", "eval {:.4f}"), ("eval_accuracy", "right {:.1%}"),
+                    ("step", "{:,}"), ("steps", "of {:,}"), ("loss", "loss {:.4f}"),
+                    ("eval_loss", "eval {:.4f}"), ("eval_accuracy", "right {:.1%}"),
                     ("tokens_per_second", "{:,.0f} tok/s"), ("gigabytes", "{:.1f} GB"),
                 )
                 if name in shown

@@ -1,0 +1,85 @@
+"""Switching between adapters and loading one more, as their number grows: deltatune and PEFT, in turn, in one process.
+
+    python benchmarks/switching.py [--adapters 1 8 32] [--hidden 256 --layers 12]
+
+Prints medians of five repeats and the ratio. The base is a random Llama built in code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import deltatune as dt
+
+REPEATS = 5
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def base(hidden: int, layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "vocab_size": 1024}
+    return LlamaForCausalLM(LlamaConfig(num_attention_heads=8, num_key_value_heads=4, **sizes)).eval()
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
+    args.add_argument("--hidden", type=int, default=256)
+    args.add_argument("--layers", type=int, default=12)
+    given = args.parse_args()
+    warnings.filterwarnings("ignore")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, {platform.processor()}")
+    ours, theirs = base(given.hidden, given.layers), base(given.hidden, given.layers)
+    with tempfile.TemporaryDirectory() as folder:
+        dt.attach(ours, dt.LoRA(r=8), "first").save(folder)
+        dt.detach(ours)
+        other = peft.PeftModel.from_pretrained(theirs, folder, adapter_name="a0")
+        dt.load(ours, folder, "a0")
+        print("| adapters | load one more: ours | PEFT | ratio | activate: ours | PEFT | ratio |\n|---|---|---|---|---|---|---|")
+        count = 1
+        for target in given.adapters:
+            while count < target:
+                dt.load(ours, folder, f"a{count}")
+                other.load_adapter(folder, f"a{count}")
+                count += 1
+            load, switch = _load(ours, other, folder, count), _switch(ours, other, count)
+            cells = [f"{1e3 * a:.3f} ms | {1e3 * b:.1f} ms | {b / a:.0f}x" for a, b in (load, switch)]
+            print(f"| {count} | {' | '.join(cells)} |")
+
+
+def _load(ours: torch.nn.Module, other: peft.PeftModel, folder: str | Path, count: int) -> tuple[float, float]:
+    times: list[tuple[float, float]] = []
+    for i in range(REPEATS):
+        a = timed(lambda i=i: dt.load(ours, folder, f"more{i}"))
+        b = timed(lambda i=i: other.load_adapter(str(folder), f"more{i}"))
+        times.append((a, b))
+        dt.detach(ours, f"more{i}")
+        other.delete_adapter(f"more{i}")
+    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+
+
+def _switch(ours: torch.nn.Module, other: peft.PeftModel, count: int) -> tuple[float, float]:
+    names = [f"a{i % count}" for i in range(REPEATS)]
+    times = [(timed(lambda n=n: dt.activate(ours, n)), timed(lambda n=n: other.set_adapter(n))) for n in names]
+    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Calls of transformers' modules, by the names of their arguments."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from deltatune.core.layers import plain_class
+
+
+def accepted(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of a module's own forward, `self` aside."""
+    return _accepted(plain_class(type(module)))  # type: ignore[arg-type]
+
+
+def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name."""
+    _recorded(type(module))
+    return {**dict(zip(accepted(module), args, strict=False)), **kwargs}
+
+
+@cache
+def _accepted(cls: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+@cache
+def _recorded(cls: Any) -> None:
+    """transformers finds by a class's printed name whether it can return hidden states: keep the plain one's."""
+    cls.__qualname__ = plain_class(cls).__qualname__
