@@ -18,12 +18,22 @@ METHODS = {
     "dora on q, v": dt.DoRA(inner=dt.LoRA(r=4), targets=dt.Part("q", "v")),
     "ia3": dt.IA3(),
     "bitfit": dt.BitFit(),
+    "lora, pissa": dt.LoRA(r=4, init=dt.PiSSA()),
+    "rslora, olora": dt.LoRA(r=4, scaling="alpha/sqrt(r)", init=dt.OLoRA()),
+    "adalora": dt.AdaLoRA(init_r=4, target_r=2),
+    "mixture": dt.Mixture(expert=dt.LoRA(r=4), n=3, top_k=2, targets=dt.Part("o", "down")),
+    "mixture of dora": dt.Mixture(expert=dt.DoRA(inner=dt.LoRA(r=2)), n=3, top_k=3, targets=dt.Part("o")),
+    "houlsby": dt.Houlsby(size=8),
+    "parallel": dt.ParallelAdapter(size=8),
+    "prompt": dt.PromptTuning(length=4),
+    "prefix": dt.PrefixTuning(length=4),
+    "prefix, mlp": dt.PrefixTuning(length=4, hidden=8),
+    "mam": dt.MAM(length=4, size=8),
     "head": dt.Tune(),
     "lora + head": dt.Union(methods=(dt.LoRA(r=4), dt.Tune())),
 }
 REFUSED = {("bitfit", "llama"), ("bitfit", "t5")}  # no bias to train
-MOVED_AT_START: set[str] = set()  # a prompt is never neutral
-NO_SPLIT: set[str] = set()
+MOVED_AT_START = {"prompt", "prefix", "prefix, mlp", "mam"}  # a prompt is never neutral
 CASES = [(m, a) for m in METHODS for a in ARCHITECTURES if (m, a) not in REFUSED]
 
 

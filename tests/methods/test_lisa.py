@@ -125,6 +125,13 @@ def test_finds_the_blocks_of_each_architecture(family: str) -> None:
     assert any(not p.requires_grad for p in model.parameters())
 
 
+def test_the_end_of_training_leaves_every_block_as_it_was() -> None:
+    model, run, events = begin(LISA(layers=1, every=1), "llama")
+    assert any(not p.requires_grad for p in model.parameters())
+    events.on_train_end(run)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_parameters_frozen_before_stay_frozen() -> None:
     model = tiny("llama")
     frozen = model.get_submodule("model.layers.0.self_attn.q_proj").requires_grad_(False)

@@ -155,6 +155,19 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, where: str, m
     assert checkpoints["last"] == checkpoints.folder / "step-2"
 
 
+def test_a_checkpoint_appears_whole_by_one_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints, seen = Checkpoints(tmp_path), []
+    real = Path.rename
+
+    def watched(self: Path, target: Path) -> Path:
+        seen.append((target.name, target.exists(), sorted(p.name for p in self.iterdir())))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", watched)
+    path = checkpoints.save(_snapshot(1))
+    assert seen == [("step-1", False, sorted(p.name for p in path.iterdir()))]
+
+
 def test_a_real_limit_on_file_size_is_met_while_training(tmp_path: Path) -> None:
     """RLIMIT_FSIZE: the second checkpoint may not write what the first could."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -73,7 +73,6 @@ class _Allocation(Events):
         tensors = {f"{path}.{n}": getattr(d, n) for path, d in self.deltas for n in PARTS}
         self.mean = {k: torch.zeros_like(p) for k, p in tensors.items()}  # Ibar
         self.spread = {k: torch.zeros_like(p) for k, p in tensors.items()}  # U
-        self.chosen: Tensor | None = None  # (triplets,) bool: the final pattern
 
     def on_loss(self, run: Run, loss: Tensor) -> Tensor:
         if not self.unpenalised:  # it depends on the parameters alone: once a step, whatever the micro-batches
@@ -88,16 +87,13 @@ class _Allocation(Events):
         o, step, self.unpenalised = self.options, run.step, True
         if step < run.steps - o.t_final:
             self._weigh()
-            if step > o.t_init and step % o.every == 0:
-                self._zero_all_but(self._best(o.budget(step, run.steps, self._triplets)))
-            return
-        if self.chosen is None:
-            self.chosen = self._best(o.budget(step, run.steps, self._triplets))
-        self._zero_all_but(self.chosen)
-
-    @property
-    def _triplets(self) -> int:
-        return sum(len(d.e) for _, d in self.deltas)
+            if step <= o.t_init or step % o.every:
+                return
+        score = self.scores()  # at rest from T - t_final on, and so is the choice
+        best = score.sort(descending=True, stable=True).indices[: o.budget(step, run.steps, len(score))]
+        chosen = torch.zeros_like(score, dtype=torch.bool).index_fill(0, best, True)
+        for (_, d), mine in zip(self.deltas, chosen.split([len(d.e) for _, d in self.deltas]), strict=True):
+            d.e.masked_fill_(~mine[:, None].to(d.e.device), 0)
 
     def _weigh(self) -> None:
         o = self.options
@@ -116,27 +112,15 @@ class _Allocation(Events):
             found.append((e[:, 0] + b.mean(0) + a.mean(1)).to(self.deltas[0][1].e.device))
         return torch.cat(found)
 
-    def _best(self, budget: int) -> Tensor:
-        score = self.scores()
-        best = score.sort(descending=True, stable=True).indices[:budget]
-        return torch.zeros_like(score, dtype=torch.bool).index_fill(0, best, True)
-
-    def _zero_all_but(self, chosen: Tensor) -> None:
-        for (_, d), mine in zip(self.deltas, chosen.split([len(d.e) for _, d in self.deltas]), strict=True):
-            d.e.masked_fill_(~mine[:, None].to(d.e.device), 0)
-
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"mean.{k}": t for k, t in self.mean.items()} | {f"spread.{k}": t for k, t in self.spread.items()}
-        return state if self.chosen is None else state | {"chosen": self.chosen}
+        return {f"mean.{k}": t for k, t in self.mean.items()} | {f"spread.{k}": t for k, t in self.spread.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         own = self.state_dict()
-        if wrong := set(state) - {"chosen"} ^ set(own) - {"chosen"}:
+        if wrong := set(state) ^ set(own):
             raise DeltatuneError(f"AdaLoRA: the saved state is another adapter's: {sorted(wrong)[0]!r} is not in both")
         for k in own:
-            if k != "chosen":
-                own[k].copy_(state[k])
-        self.chosen = state["chosen"].clone() if "chosen" in state else None
+            own[k].copy_(state[k])
 
 
 def _deltas(run: Run) -> Iterator[tuple[str, Any]]:

@@ -70,6 +70,10 @@ class _Draws(Events):
         if run.step % self.options.every == 0:
             self._enter(run.step // self.options.every)
 
+    def on_train_end(self, run: Run) -> None:
+        for p in self.owners:
+            p.requires_grad_(True)
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"period": torch.tensor(self.period)}
 

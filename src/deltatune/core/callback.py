@@ -28,12 +28,15 @@ class Trained(Protocol):
 
 @dataclass
 class Run:
-    """A training run as callbacks see it. `step` counts optimizer steps from 1; `adapter` is None when the base trains."""
+    """A training run as callbacks see it. `step` counts optimizer steps from 1; `adapter` is None when the base trains.
+
+    `share`: the part of the step that is in this micro-batch; a term added to the loss of a step is multiplied by it."""
 
     model: nn.Module
     adapter: Trained | None
     steps: int
     step: int = 0
+    share: float = 1.0
     optimizer: torch.optim.Optimizer | None = None
 
 
@@ -64,6 +67,9 @@ class Events:
 
     def on_step_end(self, run: Run) -> None:
         """After the optimizer's step, before the gradients are cleared."""
+
+    def on_train_end(self, run: Run) -> None:
+        """After the last step, before the weights to keep are put back."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on bit for bit."""

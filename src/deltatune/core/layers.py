@@ -22,13 +22,13 @@ Write = Callable[[nn.Module, str, Tensor], None]
 class Kind:
     """How one type of layer computes when some of its parameters are replaced."""
 
-    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """The module's forward with `params` in place of its own, leaving the module untouched (threads may share it)."""
         twin = object.__new__(type(module))
         twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters}}
         for name, p in params.items():
             twin._parameters[name] = p.reshape(module._parameters[name].shape)
-        return plain_class(type(module)).forward(twin, x, *args, **kwargs)
+        return plain_class(type(module)).forward(twin, *args, **kwargs)
 
     def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         """What `up @ down` added to the weight adds to the output; None where only the dense product will do."""
@@ -36,7 +36,8 @@ class Kind:
 
 
 class LinearKind(Kind):
-    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        (x,) = args
         w = params["weight"] if "weight" in params else read(module, "weight")
         bias = params.get("bias", module.bias)
         return F.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -46,11 +47,11 @@ class LinearKind(Kind):
 
 
 class EmbeddingKind(Kind):
-    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if type(module) is not nn.Embedding and plain_class(type(module)).forward is not nn.Embedding.forward:
-            return super().run(module, x, params, *args, **kwargs)  # one that scales or offsets, e.g. Gemma's, OPT's
+            return super().run(module, params, *args, **kwargs)  # one that scales or offsets, e.g. Gemma's, OPT's
         m = module
-        return F.embedding(x, params["weight"], m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+        return F.embedding(*args, params["weight"], m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
 
     def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         if plain_class(type(module)).forward is not nn.Embedding.forward:
@@ -59,9 +60,9 @@ class EmbeddingKind(Kind):
 
 
 class ConvKind(Kind):
-    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         w = params.get("weight", module.weight).reshape(module.weight.shape)
-        return module._conv_forward(x, w.to(x.dtype), params.get("bias", module.bias))
+        return module._conv_forward(*args, w.to(args[0].dtype), params.get("bias", module.bias))
 
     def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         if module.groups != 1:
@@ -71,9 +72,9 @@ class ConvKind(Kind):
 
 
 class LayerNormKind(Kind):
-    def run(self, module: Any, x: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         w, b = params.get("weight", module.weight), params.get("bias", module.bias)
-        return F.layer_norm(x, module.normalized_shape, w, b, module.eps)
+        return F.layer_norm(*args, module.normalized_shape, w, b, module.eps)
 
 
 LINEAR = LinearKind()

@@ -50,9 +50,9 @@ class Delta(Intervention):
         """(out,) -> (out,), for the deltas that act on the whole output and so on the bias as well."""
         return b
 
-    def forward(self, call: Any, x: Any) -> Any:
+    def forward(self, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         whole = call.under("bias", self.bias(call.bias)) if self.moves_bias and call.bias is not None else call
-        return whole.op(x, self.weight(call.weight))
+        return whole.op(self.weight(call.weight), x, *args, **kwargs)
 
     @property
     def moves_bias(self) -> bool:
@@ -87,7 +87,7 @@ class Base:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.held:
-            return layers.layer_of(self.module).kind.run(self.module, args[0], self.held, *args[1:], **kwargs)
+            return layers.layer_of(self.module).kind.run(self.module, self.held, *args, **kwargs)
         return self.call(*args, **kwargs)
 
     def parameter(self, name: str) -> Tensor | None:
@@ -126,9 +126,9 @@ class Base:
         """Whether `call(x) + F.linear(x, dW)` is the module under W + dW."""
         return self.at == "weight" and layers.is_linear(self.module)
 
-    def op(self, x: Any, w: Tensor) -> Any:
-        """Run the module on `x` as if its parameter were `w`."""
-        return self.under(self.at, w)(x)
+    def op(self, w: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as if its parameter were `w`."""
+        return self.under(self.at, w)(*args, **kwargs)
 
     def low_rank(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         """What adding `up @ down` to the weight adds to the output, without forming it; None if it must be formed."""
@@ -207,7 +207,7 @@ class Sliced(Delta):
     def moves_bias(self) -> bool:
         return self.inner.moves_bias
 
-    def forward(self, call: Any, x: Any) -> Any:
+    def forward(self, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         y = call(x)
         return y.index_copy(-1, self.rows, self.inner(_Rows(call, self.rows, x, y), x))
 

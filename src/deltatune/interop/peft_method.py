@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 from deltatune.core import Adapter, DeltatuneError, Init, Method, Select, Union, layers
 from deltatune.core.errors import nearest
 from deltatune.core.select import walk
+from deltatune.inits.olora import OLoRA
+from deltatune.inits.pissa import PiSSA
 from deltatune.interop.peft_config import (
     AdaLoraConfig,
     IA3Config,
@@ -35,7 +37,6 @@ from deltatune.methods.lora import LoRA
 from deltatune.methods.prefix import PrefixTuning
 from deltatune.methods.prompt import PromptTuning
 from deltatune.methods.tune import Tune
-from deltatune.registry import make
 
 HEADS = {  # trained and saved in full beside the adapter
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -241,9 +242,9 @@ def _init(name: bool | str) -> Init | None:
     if name == "gaussian":
         return NormalDown()
     if name == "olora":
-        return make(Init, "olora")
+        return OLoRA()
     if found := re.fullmatch(r"pissa(?:_niter_(\d+))?", str(name)):
-        return make(Init, {"name": "pissa"} | ({"niter": int(found[1])} if found[1] else {}))
+        return PiSSA(niter=int(found[1]) if found[1] else None)
     hint = nearest(str(name), _INITS) or f"; there are {', '.join(_INITS)}"
     raise DeltatuneError(f"init_lora_weights={name!r} is not offered{hint}")
 
@@ -323,7 +324,7 @@ def start(adapter: Adapter, config: PeftConfig) -> None:
     for role, p in adapter.roles():
         if role == "prompt" and getattr(config, "prompt_tuning_init", None) == PromptTuningInit.RANDOM:
             p.normal_()
-        if role == "prefix" and getattr(config, "init_weights", None) == "zero":
+        if getattr(config, "init_weights", None) == "zero":  # without a projection: the prefix is all there is
             p.zero_()
 
 

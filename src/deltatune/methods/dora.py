@@ -52,9 +52,9 @@ class Magnitude(Delta):
     def weight(self, w: Tensor) -> Tensor:
         return (self.m / self.norm(w)).unsqueeze(self.dim) * self.inner.weight(w)
 
-    def forward(self, call: Base, x: Any) -> Any:
+    def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not call.is_linear:
-            return super().forward(call, x)
+            return super().forward(call, x, *args, **kwargs)
         y, bias = self.inner(call, x), call.bias
         scale = (self.m / self.norm(call.weight)).to(y.dtype)
         return scale * y if bias is None else scale * (y - bias) + bias

@@ -45,9 +45,9 @@ class ScaledOutput(Delta):
     def bias(self, b: Tensor) -> Tensor:
         return self.l * b
 
-    def forward(self, call: Base, x: Any) -> Any:
+    def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not call.is_linear:
-            return super().forward(call, x)
+            return super().forward(call, x, *args, **kwargs)
         y = call(x)
         return y * self.l.to(y.dtype)
 
@@ -64,5 +64,5 @@ class ScaledInput(Delta):
     def weight(self, w: Tensor) -> Tensor:
         return w * self.l
 
-    def forward(self, call: Base, x: Any) -> Any:
-        return call(x * self.l.to(x.dtype)) if call.is_linear else super().forward(call, x)
+    def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(x * self.l.to(x.dtype)) if call.is_linear else super().forward(call, x, *args, **kwargs)

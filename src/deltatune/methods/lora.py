@@ -83,10 +83,10 @@ class LowRank(Delta):
         up, down = self.factors()
         return w + up @ down
 
-    def forward(self, call: Base, x: Any) -> Any:
+    def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         up, down = self.factors()
         h = self.dropout(x.to(down.dtype)) if x.is_floating_point() else x
         if (update := call.low_rank(h, up, down)) is None:
-            return super().forward(call, x)
+            return super().forward(call, x, *args, **kwargs)
         y = call(x)
         return y + update.to(y.dtype)

@@ -3,8 +3,8 @@
     attention(Q, [P_k; K], [P_v; V])          at every attention of every block               (sec. 4.2)
     [P_k, P_v] = W_up tanh(W_down P' + b) + b_up,   P' in R^{p x d}, W_down in R^{m x d}      (sec. 4.3)
 
-Encoder, decoder and cross-attention have a P' and W_down of their own; each attention has its rows of W_up. The network
-serves training only: `flatten` leaves P_k and P_v. Positions of tokens are not shifted, prefix keys are not rotated.
+Encoder, decoder and cross-attention have a P' and W_down each, every attention its rows of W_up; in the end `flatten`
+leaves P_k and P_v alone. Positions of tokens are not shifted, prefix keys are not rotated.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class PrefixTuning(Method):
 
     def build(self, site: Site, shared: nn.Module | None) -> Prefix:
         heads, dim = geometry(site)
-        if not isinstance(shared, nn.ModuleDict) or self.hidden is None:
-            return Prefix(Flat(*torch.randn(2, heads, self.length, dim, **site.like)))
-        return Prefix(Network(shared[group(site)], self.hidden, site, heads, dim))
+        if isinstance(shared, nn.ModuleDict) and self.hidden is not None:
+            return Prefix(Network(shared[group(site)], self.hidden, site, heads, dim))
+        return Prefix(Flat(*torch.randn(2, heads, self.length, dim, **site.like)))
 
 
 class Flat(nn.Module):
@@ -82,8 +82,7 @@ class Network(nn.Module):
         self.up = nn.Linear(hidden, 2 * heads * dim, **site.like)
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        k, v = self.up(self.trunk()).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3)
-        return k, v
+        return self.up(self.trunk()).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3).unbind()
 
 
 class Prefix(Intervention):
@@ -115,7 +114,7 @@ def flatten(adapter: Adapter) -> None:
     adapter.record.method = _flat(adapter.method)
 
 
-def _flat(method: Method) -> Method:
-    if isinstance(method, Union):
-        return replace(method, methods=tuple(map(_flat, method.methods)))
-    return replace(method, hidden=None) if isinstance(method, PrefixTuning) else method
+def _flat(m: Method) -> Method:
+    if isinstance(m, Union):
+        return replace(m, methods=tuple(map(_flat, m.methods)))
+    return replace(m, hidden=None) if isinstance(m, PrefixTuning) else m

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -14,12 +14,12 @@ from deltatune.core.layers import plain_class
 
 def accepted(module: nn.Module) -> tuple[str, ...]:
     """The names of the arguments of a module's own forward, `self` aside."""
-    return _accepted(plain_class(type(module)))  # type: ignore[arg-type]
+    return _accepted(cast(Hashable, plain_class(type(module))))
 
 
 def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by name."""
-    _recorded(type(module))
+    _recorded(cast(Hashable, type(module)))
     return {**dict(zip(accepted(module), args, strict=False)), **kwargs}
 
 

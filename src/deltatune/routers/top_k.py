@@ -86,7 +86,6 @@ class Balance(Callback):
 class _Balancing(Events):
     def __init__(self, options: Balance, run: Run) -> None:
         self.options, self.run = options, run
-        self.seen, self.expected = 0, 1  # micro-batches of this step; of the step before, which weigh this one's
 
     def _routers(self) -> Iterator[TopK]:
         assert self.run.adapter is not None  # a router is part of an adapter
@@ -98,15 +97,4 @@ class _Balancing(Events):
             if router.logits is not None:
                 z, router.logits = router.logits, None
                 terms.append(self.options.balance * balance_loss(z, router.k) + self.options.z * z_loss(z))
-        self.seen += 1
-        extra = [t.to(loss.device) / (len(terms) * self.expected) for t in terms]
-        return loss + torch.stack(extra).sum() if extra else loss
-
-    def on_step_end(self, run: Run) -> None:
-        self.expected, self.seen = max(1, self.seen), 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"micro_batches": torch.tensor(self.expected)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.expected = int(state["micro_batches"])
+        return loss + run.share * torch.stack([t.to(loss.device) for t in terms]).mean() if terms else loss

@@ -60,14 +60,6 @@ class Result:
     history: list[Record] = field(repr=False)
 
 
-@dataclass
-class Step(Run):
-    """A run as callbacks see it here. `share`: the part of the step's trained tokens that are in this micro-batch; a
-    callback that adds a term to the loss of a step adds `share` of it to that of a micro-batch."""
-
-    share: float = 1.0
-
-
 def fit(
     model: nn.Module,
     adapter: Adapter | None,
@@ -114,7 +106,7 @@ class _Trainer:
         self.device, self.dtype = self.processes.device, options.dtype(self.processes.device)
         self.each = options.accumulation(batches)
         steps, self.total = options.count(batches)
-        self.run = Step(model, adapter, steps)
+        self.run = Run(model, adapter, steps)
         if not getattr(model, "hf_device_map", None) and any(p.device != self.device for p in model.parameters()):
             model.to(self.device)
         stack.enter_context(_prepared(model, adapter, options))
@@ -128,8 +120,7 @@ class _Trainer:
         self.events = [c.start(self.run) for c in given]
         self.optimizer = self.run.optimizer = self._optimizer()
         self.best: dict[str, Any] | None = None
-        self.waited = self.tokens = 0
-        self.seconds = 0.0
+        self.waited, self.tokens, self.seconds = 0, 0, 0.0
         self.finding: str | None = None
         if snapshot := None if last is None else checkpoint.read(last):
             self._check(snapshot.state)
@@ -175,6 +166,8 @@ class _Trainer:
                 self._record(record)
             if self.output is not None and (improved or over or run.step % save_every == 0 or self._early()):
                 self._save()
+        for events in self.events:
+            events.on_train_end(run)
         kept = self._keep()
         return Result(run.step, run.steps, loss, self.best, kept, self._early() and run.step < run.steps, self.tokens,
                       self._elapsed(), self.saved, self.finding, self.history)  # fmt: skip

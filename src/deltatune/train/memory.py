@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltatune.core import Method, attach
+from deltatune.core import DeltatuneError, Method, attach
 from deltatune.core.adapter import Adapter
 from deltatune.data.encode import Task
 from deltatune.train.options import TrainOptions
@@ -200,6 +200,30 @@ def _inputs(model: Any, shape: Shape) -> dict[str, Tensor]:
     return given
 
 
+def estimate(model: Any, method: Method | None, shape: Shape, options: TrainOptions, *, dtype: torch.dtype, process: int = 0
+             ) -> Estimate:  # fmt: skip
+    """The peak of training `method` (None: `model` itself) on `model`, whose parameters lie on "meta".
+
+    dtype: what products run in. process: bytes that the process holds without model and data, as `held` says.
+    Raises DeltatuneError where the method decides by values, which this model does not have."""
+    base = _bytes(model.parameters()) + _bytes(model.buffers())
+    try:
+        adapter = None if method is None else attach(model, method)
+        trained = list((model if adapter is None else adapter).parameters())
+        found = step(model, adapter, shape, options, dtype)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DeltatuneError(f"no memory estimate for {type(method).__name__}: {why}") from error
+    own = 0 if adapter is None else _bytes(iter(adapter.state_dict().values()))
+    states = 2 * _bytes(p for p in trained if p.requires_grad)  # two moments each
+    parts = {n: found[n] for n in ("gradients", "activations", "loss", "backward")}
+    return Estimate(base=base, adapter=own, optimizer=states, process=process, **parts)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+
+
 def warm(dtype: torch.dtype = torch.float32) -> None:
     """Loads what a first training step makes the process load: kernels, the optimizer, the compiler behind it."""
     layer = nn.Linear(8, 8).to(dtype)
@@ -237,3 +261,13 @@ def _status(name: str) -> int:
 
 def _size(n: int) -> str:
     return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def available(device: torch.device) -> int:
+    """Bytes of memory that the machine has, for a CPU the process's limit if that is less."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return physical if text == "max" else min(physical, int(text))

@@ -167,8 +167,6 @@ def _override(given: dict[str, Any], override: str) -> None:
         )  # fmt: skip
     if not isinstance(inner, dict):
         raise DeltatuneError(f"{override!r}: {'.'.join(path)} is a list; name one of it by number, as method.0.{last}")
-    if key == "method" and isinstance(inner.get("method"), dict) and isinstance(value, str):
-        value = {"name": value}
     inner[last] = value
 
 

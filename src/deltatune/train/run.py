@@ -1,0 +1,350 @@
+"""From a recipe to a saved adapter; and `train`, the same for a model and an adapter that are there already."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import deltatune.interop  # noqa: F401  has adapters written in PEFT's layout
+from deltatune.core import Adapter, Callback, DeltatuneError, Method, Part, Plan, Union, adapters, attach, detach, nearest, plan
+from deltatune.core.adapter import CONFIG, write_atomically
+from deltatune.core.units import ATTENTION, CALL
+from deltatune.data import Batches, Dataset, Encoded, Example, Rows, Summary, build, load, normalise, packed, padded, split
+from deltatune.data.encode import Task
+from deltatune.data.formats import Conversation, Labelled, Tagged
+from deltatune.data.templates import NAMED, adds_bos, resolve
+from deltatune.methods.tune import Tune
+from deltatune.models.loading import TASKS, load_base, load_tokenizer, locate, read_config
+from deltatune.train import memory
+from deltatune.train.loop import Result, fit
+from deltatune.train.memory import Estimate, Shape
+from deltatune.train.merged import TASKS as PEFT_TASKS
+from deltatune.train.metrics import Report
+from deltatune.train.options import TOKENS_PER_STEP, TrainOptions
+from deltatune.train.process import Processes
+from deltatune.train.recipe import Data, Recipe
+
+ADAPTER, MODEL, RECIPE = "adapter", "model", "recipe.yaml"
+LEFT = {RECIPE, "metrics.jsonl", "loss.png", "tensorboard"}  # by a run that ended before its first checkpoint
+LONGEST = 1024
+ON_CPU = 2048  # tokens: a larger micro-batch is no faster there
+LOOKED_AT = 500  # batches, for the largest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did: `saved` is the folder of the adapter, or of the whole model; `peak` is measured, in bytes."""
+
+    output: Path
+    saved: Path
+    result: Result
+    summary: Summary
+    plan: Plan | None
+    packing: bool
+    estimate: Estimate | None
+    peak: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its weights are loaded."""
+
+    recipe: Recipe
+    base: str
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    method: Method | None
+    rows: Encoded
+    held_out: Encoded | None
+    max_length: int
+    dtype: torch.dtype
+    device: torch.device
+    notes: tuple[str, ...]
+
+    def blank(self) -> Any:
+        """The model, without its weights."""
+        names = self.rows.label_names
+        if names is not None:
+            self.config.id2label = dict(enumerate(names))
+        with torch.device("meta"):
+            return getattr(transformers, TASKS[self.task]).from_config(self.config, dtype=self.dtype)
+
+    def plan(self) -> Plan | None:
+        return None if self.method is None else plan(self.blank(), self.method)
+
+    def sized(self, process: int = 0, packing: bool | None = None, processes: Processes | None = None
+              ) -> tuple[TrainOptions, Estimate | DeltatuneError]:
+        """The options with a micro-batch that fits into memory where the recipe leaves it open, and the estimate."""
+        options = self.recipe.train
+        if packing is None:
+            packing = self.may_pack()
+        world = 1 if processes is None else processes.world
+        choose = options.tokens_per_batch is None and options.batch_size is None
+        step = (options.tokens_per_step or TOKENS_PER_STEP) // world
+        longest = self.max_length if packing else max(map(len, self.rows))
+        if choose and self.device.type == "cpu" and step > ON_CPU:
+            options = options.model_copy(update={"tokens_per_batch": max(ON_CPU, longest)})
+        while True:
+            shape = largest(batches(self.rows, self.tokenizer, options, self.task, packing, self.max_length, self.recipe.seed))
+            try:
+                found = memory.estimate(self.blank(), self.method, shape, options, dtype=self.dtype, process=process)
+            except DeltatuneError as error:
+                return options, error
+            size = options.tokens_per_batch or step
+            if not choose or found.total <= memory.available(self.device) // 2 or size // 2 < longest:
+                return options, found
+            options = options.model_copy(update={"tokens_per_batch": size // 2})
+
+    def may_pack(self) -> bool:
+        """Whether task and method let documents share a row; whether the base does is seen when it is loaded."""
+        if self.recipe.data.packing is False or self.task != "causal" or self.config.is_encoder_decoder:
+            return False
+        model = self.blank()
+        return self.method is None or _pointwise(attach(model, self.method))
+
+
+def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
+    """Reads tokenizer and data. Raises DeltatuneError for whatever is wrong with them, every bad row at once."""
+    data, base = recipe.data, locate(recipe.base)
+    config = read_config(base, weights=weights)
+    tokenizer = load_tokenizer(base)
+    source = load(data.train, format=data.format, columns=data.columns, split=data.split)
+    task = recipe.task or _task(source, config)
+    max_length, notes = _length(data.max_length, config, tokenizer)
+    rows = encode(source, tokenizer, data, task, max_length)
+    method = recipe.made_method()
+    if method is not None and task in ("classification", "tagging"):
+        method = _with_head(method)
+    kept, held_out = held(rows, data, tokenizer, task, max_length, recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if method is None else recipe.train.dtype(device)  # the optimizer's steps vanish in bf16
+    return Prepared(recipe, base, config, tokenizer, task, method, kept, held_out, max_length, dtype, device, notes)
+
+
+def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -> Outcome:
+    """Trains as `recipe` says, into its output folder: the adapter, the recipe with every default, metrics, checkpoints.
+
+    report: called with the records of the loop, and with {"note": text}.
+    Raises DeltatuneError for wrong input, before training; see `fit` for what can stop it later."""
+    tell = (lambda text: report({"note": text})) if report is not None else (lambda text: None)
+    output = Path(recipe.output).expanduser()
+    _free(output, resume)
+    ready = prepare(recipe)
+    processes = Processes()
+    for text in (str(ready.rows.summary), *ready.notes):
+        tell(text)
+    memory.warm(ready.dtype)
+    process = memory.held() if processes.device.type == "cpu" else 0
+    packing = ready.may_pack()
+    options, estimate = ready.sized(process, packing, processes)
+    planned = ready.plan()
+    model = load_base(ready.base, ready.task, dtype=ready.dtype, labels=ready.rows.label_names)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = ready.tokenizer.pad_token_id
+    torch.manual_seed(recipe.seed)
+    adapter = None if ready.method is None else attach(model, ready.method)
+    if adapter is None:
+        model.requires_grad_(True)
+    else:
+        assert planned is not None
+        tell(f"{len(planned.sites)} sites, {planned.trained:,} trained parameters "
+             f"({100 * planned.trained / planned.total:.2f} % of {planned.total:,})")  # fmt: skip
+    packing = _packs(model, packing, recipe.data.packing)
+    tell(str(estimate))
+    if processes.main:
+        output.mkdir(parents=True, exist_ok=True)
+        recipe.model_copy(update={"train": options, "task": ready.task}).write(output / RECIPE)
+    share = {"rank": processes.rank, "world": processes.world}
+    made = [rows and batches(rows, ready.tokenizer, options, ready.task, packing, ready.max_length, recipe.seed, **share)
+            for rows in (ready.rows, ready.held_out)]  # fmt: skip
+    memory.reset_peak(processes.device)
+    result = fit(model, adapter, made[0], eval_batches=made[1], options=options, callbacks=recipe.made_callbacks(),
+                 output=output, resume=resume, report=report)  # type: ignore[arg-type]  # fmt: skip
+    peak = memory.peak(processes.device)
+    saved = output / (MODEL if adapter is None else ADAPTER)
+    if processes.main:
+        _save(model, adapter, saved, ready)
+    known = estimate if isinstance(estimate, Estimate) else None
+    if known is not None:
+        tell(f"memory: {peak / 2**30:.2f} GiB at most, {known.total / 2**30:.2f} GiB estimated ({known.total / peak - 1:+.0%})")
+    return Outcome(output, saved, result, ready.rows.summary, planned, packing, known, peak)
+
+
+def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Sequence[Mapping[str, Any]], *,
+          tokenizer: PreTrainedTokenizerBase | None = None, task: Task | None = None, output: str | Path | None = None,
+          callbacks: Sequence[Callback] = (), resume: bool = False, report: Report | None = None, **options: Any
+          ) -> Result:  # fmt: skip
+    """Trains `adapter` (None: the model's own parameters) on a file of rows, or a list of them.
+
+    options: those of a recipe's `data` (eval, template, max_length, packing, …) and of `train` (epochs, lr, …).
+    tokenizer: by default the one of the folder or hub name that `model` came from.
+    Raises DeltatuneError for an unknown option, with the nearest name, and for all that `fit` raises."""
+    unknown = [k for k in options if k not in Data.model_fields and k not in TrainOptions.model_fields]
+    if unknown or "train" in options:
+        known = [*(n for n in Data.model_fields if n != "train"), *TrainOptions.model_fields]
+        name = unknown[0] if unknown else "train"
+        raise DeltatuneError(f"train has no option {name!r}{nearest(name, known)}")
+    mine = {k: v for k, v in options.items() if k in Data.model_fields}
+    told = TrainOptions(**{k: v for k, v in options.items() if k not in mine})
+    given = Recipe.of({"base": "", "data": {**mine, "train": str(data) if isinstance(data, (str, Path)) else "rows"}}, "train").data
+    tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+    how: dict[str, Any] = {"format": given.format, "columns": given.columns}
+    if isinstance(data, (str, Path)):
+        source = load(data, split=given.split, **how)
+    else:
+        source = normalise(Rows("rows", [dict(row) for row in data], [f"rows[{i}]" for i in range(len(data))]), **how)
+    task = task or _task(source, model.config)
+    max_length, _ = _length(given.max_length, model.config, tokenizer)
+    rows, held_out = held(encode(source, tokenizer, given, task, max_length), given, tokenizer, task, max_length, told.seed)
+    packing = given.packing is not False and task == "causal" and (adapter is None or _pointwise(adapter))
+    packing = _packs(model, packing, given.packing)
+    processes = Processes()
+    if told.tokens_per_batch is None and told.batch_size is None and processes.device.type == "cpu":
+        size = max(min(ON_CPU, told.tokens_per_step or TOKENS_PER_STEP), max_length if packing else max(map(len, rows)))
+        told = told.model_copy(update={"tokens_per_batch": size})
+    share = {"rank": processes.rank, "world": processes.world}
+    made = [some and batches(some, tokenizer, told, task, packing, max_length, told.seed, **share) for some in (rows, held_out)]
+    return fit(model, adapter, made[0], eval_batches=made[1], options=told, callbacks=callbacks, output=output,
+               resume=resume, report=report)  # type: ignore[arg-type]  # fmt: skip
+
+
+def encode(source: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data, task: Task, max_length: int,
+           label_names: Sequence[str] | None = None) -> Encoded:  # fmt: skip
+    return build(source, tokenizer, task=task, template=data.template, max_length=max_length, too_long=data.too_long,
+                 train_on=data.train_on, label_names=label_names)  # fmt: skip
+
+
+def held(rows: Encoded, data: Data, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, seed: int
+         ) -> tuple[Encoded, Encoded | None]:  # fmt: skip
+    """(rows to train on, rows held out): a part of them, or another file."""
+    if data.eval is None:
+        return rows, None
+    if isinstance(data.eval, int) or data.eval.endswith("%"):
+        kept, out = split(rows.examples, data.eval, seed)
+        return replace(rows, examples=kept), replace(rows, examples=out)
+    other = load(data.eval, format=data.format, columns=data.columns)
+    return rows, encode(other, tokenizer, data, task, max_length, rows.label_names)
+
+
+def batches(rows: Encoded, tokenizer: PreTrainedTokenizerBase, options: TrainOptions, task: Task, packing: bool,
+            max_length: int, seed: int, *, rank: int = 0, world: int = 1) -> Batches:  # fmt: skip
+    longest = max_length if packing else max(map(len, rows))
+    step = options.tokens_per_step or TOKENS_PER_STEP
+    if packing and options.batch_size is None and (options.tokens_per_batch or step) < longest:
+        longest = max(options.tokens_per_batch or step, max(map(len, rows)))  # a row need not be longer than a step
+    return Batches(
+        rows.examples, pad=tokenizer.pad_token_id or 0, task=task, packing=packing, max_length=longest,
+        group_by_length=not packing, seed=seed, rank=rank, world=world, **options.batching(longest, world),
+    )  # fmt: skip
+
+
+def largest(found: Batches) -> Shape:
+    """The largest of the first batches of an epoch, in tokens and in tokens that carry loss."""
+    rows = length = trained = target = 0
+    for _, batch in zip(range(LOOKED_AT), found.once(), strict=False):
+        b, t = batch.inputs["input_ids"].shape
+        if b * t > rows * length:
+            rows, length = b, t
+        trained = max(trained, batch.trained_tokens)
+        target = max(target, batch.labels.shape[-1] if batch.labels.ndim > 1 else 0)
+    return Shape(rows, length, trained, found.task, found.packing, target)
+
+
+def _task(source: Dataset, config: Any) -> Task:
+    kind = type(source.items[0])
+    usual: dict[type, Task] = {Labelled: "classification", Tagged: "tagging"}
+    return usual.get(kind, "seq2seq" if config.is_encoder_decoder else "causal")
+
+
+def _length(asked: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, tuple[str, ...]]:
+    """(the longest row in tokens, notes)."""
+    named = (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions"))
+    room = min(n for n in (*named, tokenizer.model_max_length) if n is not None)
+    if asked is None:
+        return min(LONGEST, room), ()
+    if asked > room and getattr(config, "rope_parameters", None) is None:
+        raise DeltatuneError(f"data.max_length: {asked} is more than the {room} tokens that the base can read; lower it")
+    return asked, ((f"data.max_length: {asked} is more than the {room} tokens that the base was made for",) if asked > room else ())
+
+
+def _with_head(method: Method) -> Method:
+    """With the head, which starts untrained."""
+    if any(isinstance(part, Tune) and part.targets in (None, Part("head")) for part in method.parts()):
+        return method
+    return Union(methods=(*method.parts(), Tune(targets=Part("head"))))
+
+
+def _pointwise(adapter: Adapter) -> bool:
+    """Whether each of its units sees one module's call on each token: none is at the attention function or a backbone."""
+    return not any(
+        place == ATTENTION or (place == CALL and any(isinstance(m, torch.nn.ModuleList) for m in module.children()))
+        for _, module, _, place in adapter.sites()
+    )
+
+
+def _packs(model: Any, may: bool, asked: bool | None) -> bool:
+    packing = may and apart(model)
+    if asked and not packing:
+        why = "the base lets packed rows see one another" if may else "the task or the method needs a row each"
+        raise DeltatuneError(f"data.packing: true is not possible: {why}; leave it out")
+    return packing
+
+
+@torch.no_grad()
+def apart(model: Any) -> bool:
+    """Whether documents in a packed row give the logits that each gives alone: whether the model tells them apart."""
+    ids = [[3, 4, 5, 6, 7], [8, 9, 10], [6, 5, 4]]
+    one, two, three = (Example(i, list(i)) for i in ids)
+    training = model.training
+    model.eval()
+    try:
+        rows = packed([[one, two], [three, two, three]], 0).to(model.device)
+        got = model(**rows.inputs).logits.float()[0, 5:8]
+        alone = model(**padded([two], 0).to(model.device).inputs).logits.float()[0]
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    finally:
+        model.train(training)
+    exact = next(model.parameters()).dtype is torch.float32
+    return bool((got - alone).abs().max() <= (1e-3 if exact else 5e-2) * alone.abs().max())
+
+
+def _free(output: Path, resume: bool) -> None:
+    if resume and not (output / "checkpoints" / "last").is_file():
+        raise DeltatuneError(f"resume: {output} holds no checkpoint; start the run without resume")
+    if resume or not output.exists():
+        return
+    if not output.is_dir():
+        raise DeltatuneError(f"output: {output} is a file; name a folder")
+    if (output / "checkpoints" / "last").is_file() and not (output / ADAPTER).exists():
+        raise DeltatuneError(f"output: {output} holds a run that is not finished; go on with --resume, or name another output")
+    if found := sorted({p.name for p in output.iterdir()} - LEFT):
+        raise DeltatuneError(f"output: {output} is not empty ({', '.join(found[:3])}); name another, as output=runs/other")
+
+
+def _save(model: Any, adapter: Adapter | None, folder: Path, ready: Prepared) -> None:
+    """With tokenizer and template beside it, so that it answers as it was trained."""
+    tokenizer, base = ready.tokenizer, Path(ready.base)
+    if adapter is None:
+        model.save_pretrained(folder)
+    else:
+        adapter.save(folder)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = str(base.resolve()) if base.is_dir() else ready.base
+        config["task_type"] = next(name for name, task in PEFT_TASKS.items() if task == ready.task)
+        if ready.rows.label_names is not None:
+            config["deltatune"]["labels"] = ready.rows.label_names
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
+    if ready.rows.summary.template is not None:
+        used = resolve(ready.recipe.data.template, tokenizer)
+        named = used.name in NAMED and not adds_bos(tokenizer)
+        tokenizer.chat_template = used.source.replace("{{ bos_token }}", "") if named else used.source
+    tokenizer.save_pretrained(folder)
