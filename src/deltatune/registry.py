@@ -42,14 +42,13 @@ def _plain(name: str) -> str:
 def named(kind: type[T], name: str) -> type[T]:
     """The class of that kind (`Method`, `Init`, `Callback`) called `name`, case and underscores aside."""
     known = {_plain(n): c for n, c in found().items() if issubclass(c, kind)}
-    if (found := known.get(_plain(name))) is None:
+    if _plain(name) not in known:
         names = {_plain(c.__name__): c.__name__ for c in known.values()}
-        near = nearest(_plain(name), names, 1)
-        hint = near or f"; there are {', '.join(sorted(names.values()))}"
+        hint = nearest(_plain(name), names, 1) or f"; there are {', '.join(sorted(names.values()))}"
         for plain, real in names.items():
             hint = hint.replace(f"'{plain}'", f"'{real}'")
         raise DeltatuneError(f"no {kind.__name__.lower()} is called {name!r}{hint}")
-    return found
+    return known[_plain(name)]
 
 
 def make(kind: type[T], spec: str | Mapping[str, Any]) -> T:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from table import CASES, METHODS, MOVED_AT_START, REFUSED, batch, is_delta, logits, loss, model, perturb
 
 import deltatune as dt
-from deltatune.core import Delta, layers
+from deltatune.core import Delta
+from deltatune.storage import layers
 
 case = pytest.mark.parametrize("method,architecture", CASES)
 

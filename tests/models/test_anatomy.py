@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.core import layers as core_layers
+from deltatune.storage import layers as core_layers
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.select import Fused, Part, resolve
 from deltatune.models import anatomy as table

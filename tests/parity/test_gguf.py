@@ -12,7 +12,7 @@ from gguf import GGUFReader
 from transformers.modeling_gguf_pytorch_utils import BloomTensorProcessor, LlamaTensorProcessor
 
 from deltatune.core import Adapter, DeltatuneError, Layers, Part, Union, attach
-from deltatune.core.layers import read
+from deltatune.storage.layers import read
 from deltatune.interop.gguf import ARCHITECTURES, write_gguf
 from deltatune.methods.bitfit import BitFit
 from deltatune.methods.ia3 import IA3

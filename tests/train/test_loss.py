@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import PerRow, activate, attach
+from deltatune.core import activate, attach
+from deltatune.routers.per_row import PerRow
 from deltatune.core.errors import DeltatuneError
 from deltatune.data import Batches, Example, packed, padded
 from deltatune.methods.lora import LoRA

@@ -8,10 +8,10 @@ from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.method import Init, Method, Shape, Site, Union, matching
 from deltatune.core.select import Fused, Layers, Part, Select, resolve
 from deltatune.core.surgery import Plan, activate, adapters, attach, detach, merge, plan, unmerge, using
-from deltatune.core.units import Base, Delta, Intervention, PerRow, Router
+from deltatune.core.units import Base, Delta, Intervention, Router
 
 __all__ = [
     "Adapter", "Base", "Callback", "Config", "Delta", "DeltatuneError", "Events", "Fused", "Groups", "Init",
-    "Intervention", "Layers", "Method", "Part", "PerRow", "Plan", "Router", "Run", "Select", "Shape", "Site", "Union",
+    "Intervention", "Layers", "Method", "Part", "Plan", "Router", "Run", "Select", "Shape", "Site", "Union",
     "activate", "adapters", "attach", "detach", "load", "matching", "merge", "nearest", "plan", "resolve", "save", "unmerge", "using",
 ]  # fmt: skip

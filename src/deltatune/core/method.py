@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import layers
+from deltatune.storage import layers
 from deltatune.core.callback import Callback
 from deltatune.core.config import Config
 from deltatune.core.select import Select

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import layers
+from deltatune.storage import layers
 from deltatune.core.config import Config
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.plugins import load_plugins

@@ -126,7 +126,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _grafted_class(cls: type[nn.Module]) -> type[nn.Module]:
     if cls not in _CLASSES:
-        body = {"plain_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        body = {"plain_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
         _CLASSES[cls] = type(f"Adapted{cls.__name__}", (Grafted, cls), body)
     return _CLASSES[cls]
 

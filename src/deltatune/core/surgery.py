@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from deltatune.core import layers
+from deltatune.storage import layers
 from deltatune.core.adapter import Adapter
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.method import Method, Site
@@ -131,6 +131,9 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
         if (common := part.shared(sites)) is not None:
             shared[str(i)] = common
         built += [(site, _unit(part, site, common)) for site in sites]
+    for place in dict.fromkeys(site.at for site, _ in built if site.at in _POINTS and site.at not in switch.points):
+        _POINTS[place].install(model)  # first, because it may refuse the model
+        switch.points += (place,)
     if known is None:
         switch.thawed = tuple(_freeze(model))
     set_switch(model, switch)
@@ -141,9 +144,6 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
         slot.units[name].append(unit)  # type: ignore[operator]
         slot.places[name].append(site.at)
         unit.train(site.module.training)
-        if site.at in _POINTS and site.at not in switch.points:
-            _POINTS[site.at].install(model)
-            switch.points += (site.at,)
     switch.records[name] = Record(method, shared, built[0][0].dtype)
     switch.current = Active((name,))
     return Adapter(model, name)

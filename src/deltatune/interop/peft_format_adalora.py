@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from deltatune.core import DeltatuneError, Intervention, Method, layers
+from deltatune.core import DeltatuneError, Intervention, Method
+from deltatune.storage import layers
 from deltatune.core.units import Sliced
 from deltatune.interop.peft_format_common import Fields, Piece, Placed, Stored, Tensors, exact_targets, is_transposed
 from deltatune.interop.peft_format_lora import DEFAULTS, refuse

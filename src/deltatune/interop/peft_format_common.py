@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import DeltatuneError, Intervention, Method, Union, layers, resolve
+from deltatune.core import DeltatuneError, Intervention, Method, Union, resolve
+from deltatune.storage import layers
 from deltatune.core.select import walk
 
 PREFIX, WRAPPER = "base_model.model.", "base_model."

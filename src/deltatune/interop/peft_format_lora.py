@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import DeltatuneError, Intervention, Method, layers
+from deltatune.core import DeltatuneError, Intervention, Method
+from deltatune.storage import layers
 from deltatune.core.method import matching
 from deltatune.core.units import Sliced
 from deltatune.interop.peft_format_common import (

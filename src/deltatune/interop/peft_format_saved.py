@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import Delta, DeltatuneError, Method, layers
+from deltatune.core import Delta, DeltatuneError, Method
+from deltatune.storage import layers
 from deltatune.core.select import walk
 from deltatune.interop.peft_format_common import (
     HEADS,

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import trainer_utils
 
-from deltatune.core.layers import plain_class
+from deltatune.storage.layers import plain_class
 from deltatune.core.slot import Grafted
 from deltatune.core.slot import _revive as _revive_grafted
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from deltatune.core import Adapter, DeltatuneError, Init, Method, Select, Union, layers
+from deltatune.core import Adapter, DeltatuneError, Init, Method, Select, Union
+from deltatune.storage import layers
 from deltatune.core.errors import nearest
 from deltatune.core.select import walk
 from deltatune.inits.olora import OLoRA

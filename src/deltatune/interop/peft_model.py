@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from deltatune import core
-from deltatune.core import Adapter, DeltatuneError, PerRow, Run
+from deltatune.core import Adapter, DeltatuneError, Run
+from deltatune.routers.per_row import PerRow
 from deltatune.core import adapter as core_adapter
 from deltatune.core import checkpoint as core_checkpoint
 from deltatune.core.errors import nearest

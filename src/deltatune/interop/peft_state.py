@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from deltatune.core import Adapter, DeltatuneError, layers
+from deltatune.core import Adapter, DeltatuneError
+from deltatune.storage import layers
 from deltatune.core import adapter as written_by
 from deltatune.core import checkpoint as read_by
 from deltatune.methods.tune import Copy

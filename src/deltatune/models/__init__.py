@@ -2,7 +2,7 @@
 
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.core import layers
+from deltatune.storage import layers
 from deltatune.models import anatomy, attention
 
 layers.register(Conv1D, transposed=True)

@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.core.layers import plain_class
+from deltatune.storage.layers import plain_class
 from deltatune.core.select import SLOT
 from deltatune.core.surgery import register_point
 

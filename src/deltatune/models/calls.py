@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from deltatune.core.layers import plain_class
+from deltatune.storage.layers import plain_class
 
 
 def accepted(module: nn.Module) -> tuple[str, ...]:
@@ -19,16 +19,9 @@ def accepted(module: nn.Module) -> tuple[str, ...]:
 
 def arguments(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by name."""
-    _recorded(cast(Hashable, type(module)))
     return {**dict(zip(accepted(module), args, strict=False)), **kwargs}
 
 
 @cache
 def _accepted(cls: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
-@cache
-def _recorded(cls: Any) -> None:
-    """transformers finds by a class's printed name whether it can return hidden states: keep the plain one's."""
-    cls.__qualname__ = plain_class(cls).__qualname__

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.core.layers import plain_class
+from deltatune.storage.layers import plain_class
 from deltatune.core.method import Site
 from deltatune.core.units import Base, Intervention
 from deltatune.models.anatomy import ANATOMY, parts

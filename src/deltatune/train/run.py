@@ -95,7 +95,8 @@ class Prepared:
         while True:
             shape = largest(batches(self.rows, self.tokenizer, options, self.task, packing, self.max_length, self.recipe.seed))
             try:
-                found = memory.estimate(self.blank(), self.method, shape, options, dtype=self.dtype, process=process)
+                found = memory.estimate(self.blank(), self.method, shape, options, dtype=self.dtype,
+                                        device=self.device, process=process)  # fmt: skip
             except DeltatuneError as error:
                 return options, error
             size = options.tokens_per_batch or step
