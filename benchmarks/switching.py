@@ -45,14 +45,15 @@ def main() -> None:
     args.add_argument("--layers", type=int, default=12)
     given = args.parse_args()
     warnings.filterwarnings("ignore")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}, {platform.processor()}")
+    print(", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft)), platform.processor())
     ours, theirs = base(given.hidden, given.layers), base(given.hidden, given.layers)
     with tempfile.TemporaryDirectory() as folder:
         dt.attach(ours, dt.LoRA(r=8), "first").save(folder)
         dt.detach(ours)
         other = peft.PeftModel.from_pretrained(theirs, folder, adapter_name="a0")
         dt.load(ours, folder, "a0")
-        print("| adapters | load one more: ours | PEFT | ratio | activate: ours | PEFT | ratio |\n|---|---|---|---|---|---|---|")
+        print("| adapters | load one more: ours | PEFT | ratio | activate: ours | PEFT | ratio |")
+        print("|---|---|---|---|---|---|---|")
         count = 1
         for target in given.adapters:
             while count < target:

@@ -45,7 +45,12 @@ def matrix() -> str:
 
 
 def page() -> str:
-    out = ["# Methods", "", "What each does with its defaults, found by attaching it to a tiny model of each architecture.", ""]
+    out = [
+        "# Methods",
+        "",
+        "What each does with its defaults, found by attaching it to a tiny model of each architecture.",
+        "",
+    ]
     out += [matrix(), "", "A dash: it refuses, and says why (BitFit needs biases, which Llama and T5 do not have).", ""]
     for kind, title in KINDS.items():
         out += [f"## {title}", ""]

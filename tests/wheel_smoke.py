@@ -36,5 +36,14 @@ with tempfile.TemporaryDirectory() as folder:
     (root / "recipe.yaml").write_text(json.dumps(recipe))
     run("train", str(root / "recipe.yaml"))
     assert len((root / "run/metrics.jsonl").read_text().splitlines()) >= 3
-    run("generate", str(root / "base"), "--adapter", str(root / "run/adapter"), "--prompt", "say 3", "--max-new-tokens", "4")
+    run(
+        "generate",
+        str(root / "base"),
+        "--adapter",
+        str(root / "run/adapter"),
+        "--prompt",
+        "say 3",
+        "--max-new-tokens",
+        "4",
+    )
 print("the wheel works: 3 steps trained, adapter saved and used")

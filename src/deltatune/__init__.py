@@ -16,7 +16,20 @@ _CORE = (
     "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "Union", "activate", "adapters", "attach", "detach", "load",
     "merge", "plan", "save", "unmerge", "using",
 )  # fmt: skip
-_PACKAGES = ("callbacks", "cli", "core", "data", "inits", "interop", "methods", "models", "registry", "routers", "storage", "train")
+_PACKAGES = (
+    "callbacks",
+    "cli",
+    "core",
+    "data",
+    "inits",
+    "interop",
+    "methods",
+    "models",
+    "registry",
+    "routers",
+    "storage",
+    "train",
+)
 
 
 @cache

@@ -67,7 +67,7 @@ def test_all_bad_rows_are_reported_together_with_the_row(tmp_path: Path) -> None
         b'{"instruction": "a", "output": "b"}\n'
         b'{"instruction": "a", "output": \n'
         b'{"instruction": "caf\xe9", "output": "b"}\n'
-        b'[1, 2]\n'
+        b"[1, 2]\n"
         b'{"instruction": "who", "input": ""}\n'
         b'{"instruction": "who", "output": 3}\n'
         b'{"instruction": "a", "output": "b"}\n'

@@ -12,7 +12,8 @@ PAIRS = [
     (one, two, a)
     for one, two in [("lora", "dora"), ("lora", "lora"), ("ia3", "bitfit"), ("lora on q, v", "ia3"), ("head", "lora"),
                      ("bitfit", "dora"), ("lora on embedding", "lora + head"),
-                     ("houlsby", "mixture"), ("parallel", "lora"), ("prompt", "prefix"), ("prompt", "lora"), ("mam", "adalora")]
+                     ("houlsby", "mixture"), ("parallel", "lora"), ("prompt", "prefix"),
+                     ("prompt", "lora"), ("mam", "adalora")]
     for a in ARCHITECTURES
     if not {(one, a), (two, a)} & REFUSED
 ]  # fmt: skip

@@ -27,7 +27,9 @@ def test_targets_by_name_pattern_type_predicate_range_and_tuple():
     assert paths(net, ["q_proj", "v_proj"]) == paths(net, r".*\.(q|v)_proj")
     assert len(paths(net, "all-linear")) == 14 and "lm_head" not in paths(net, "all-linear")
     assert len(paths(net, nn.Linear)) == 15
-    assert paths(net, dt.Layers(targets="q_proj", start=1)) == q[1:] == paths(net, dt.Layers(targets="q_proj", start=-1))
+    assert (
+        paths(net, dt.Layers(targets="q_proj", start=1)) == q[1:] == paths(net, dt.Layers(targets="q_proj", start=-1))
+    )
     assert paths(net, None) == paths(net, "all-linear")
 
 
@@ -60,7 +62,12 @@ def test_what_matches_nothing_names_the_nearest(targets, words):
 def test_names_that_cannot_be_used_are_refused():
     net = model("llama")
     dt.attach(net, dt.LoRA(), "law")
-    for name, words in [("law", "already attached"), ("a.b", "cannot name"), ("keys", "cannot name"), ("", "cannot name")]:
+    for name, words in [
+        ("law", "already attached"),
+        ("a.b", "cannot name"),
+        ("keys", "cannot name"),
+        ("", "cannot name"),
+    ]:
         with pytest.raises(dt.DeltatuneError, match=words):
             dt.attach(net, dt.LoRA(), name)
     with pytest.raises(dt.DeltatuneError, match="no adapter 'lwa'; did you mean 'law'"):
@@ -182,7 +189,11 @@ def test_convolutions_need_no_method_code(conv, size, options):
     torch.manual_seed(0)
     net = nn.Sequential(conv(4, 6, 3, **options))
     x = torch.randn(2, 4, *[7] * size)
-    for method in (dt.LoRA(r=2, targets=conv), dt.DoRA(inner=dt.LoRA(r=2), targets=conv), dt.IA3(targets=conv, on_input=None)):
+    for method in (
+        dt.LoRA(r=2, targets=conv),
+        dt.DoRA(inner=dt.LoRA(r=2), targets=conv),
+        dt.IA3(targets=conv, on_input=None),
+    ):
         adapter = perturb(dt.attach(net, method))
         ((_, unit),) = adapter.units()
         twin = copy.deepcopy(net[0])

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.storage import layers as core_layers
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.select import Fused, Part, resolve
 from deltatune.models import anatomy as table
 from deltatune.models.anatomy import ANATOMY, anatomy, parts
 from deltatune.models.tiny import _FAMILIES, FAMILIES, inputs, tiny
+from deltatune.storage import layers as core_layers
 
 core_layers.register(Conv1D, transposed=True)
 

@@ -12,12 +12,12 @@ from gguf import GGUFReader
 from transformers.modeling_gguf_pytorch_utils import BloomTensorProcessor, LlamaTensorProcessor
 
 from deltatune.core import Adapter, DeltatuneError, Layers, Part, Union, attach
-from deltatune.storage.layers import read
 from deltatune.interop.gguf import ARCHITECTURES, write_gguf
 from deltatune.methods.bitfit import BitFit
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
 from deltatune.models.tiny import tiny
+from deltatune.storage.layers import read
 
 Tensors = dict[str, np.ndarray]
 

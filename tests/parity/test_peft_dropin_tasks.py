@@ -373,5 +373,3 @@ def test_damaged_files_leave_the_model_alone(tmp_path: Path) -> None:
         dropin.PeftModel.from_pretrained(base, tmp_path)
     assert type(base).__mro__[0].__name__ == "LlamaForCausalLM" and not isinstance(base, dropin.PeftModel)
     assert all(p.requires_grad for p in base.parameters())
-
-

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import activate, attach
-from deltatune.routers.per_row import PerRow
 from deltatune.core.errors import DeltatuneError
 from deltatune.data import Batches, Example, packed, padded
 from deltatune.methods.lora import LoRA
 from deltatune.models.tiny import tiny
+from deltatune.routers.per_row import PerRow
 from deltatune.train.loss import evaluate, outcome
 
 

@@ -49,7 +49,12 @@ def command(recipe: File, overrides: Overrides = None, as_json: Json = False) ->
         console.print(Text("every weight of the base is trained", "bold"))
     else:
         share = 100 * plan.trained / max(1, plan.total)
-        console.print(Text(f"{len(plan.sites)} sites, {plan.trained:,} trained parameters ({share:.3f} % of {plan.total:,})", "bold"))
+        console.print(
+            Text(
+                f"{len(plan.sites)} sites, {plan.trained:,} trained parameters ({share:.3f} % of {plan.total:,})",
+                "bold",
+            )
+        )
         console.print(_sites(plan))
     console.print(_parts(known) if known else Text(str(estimate), "yellow"))
 

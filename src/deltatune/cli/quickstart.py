@@ -51,14 +51,18 @@ def recipe(base: str, output: str, epochs: int) -> Recipe:
 
 def command(
     output: Annotated[Path, typer.Option(help="An empty or new folder.")] = Path("runs/quickstart"),
-    epochs: Annotated[int, typer.Option(help="Passes over the 212 rows; fewer are quicker, and teach less.", min=1)] = 4,
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the 212 rows; fewer are quicker, and teach less.", min=1)
+    ] = 4,
     as_json: Json = False,
 ) -> None:
     """Train LoRA on facts about the Lumenkettle, which does not exist, and ask about them in other words."""
     console = Console(highlight=False, stderr=as_json)
     base = str(default_base(report=lambda line: console.print(Text(line, "dim"))))
     asked = recipe(base, str(output), epochs)
-    console.print(f"Teaching {Path(base).name} about the Lumenkettle, a kettle that is also a lamp. A few minutes on two cores.")
+    console.print(
+        f"Teaching {Path(base).name} about the Lumenkettle, a kettle that is also a lamp. A few minutes on two cores."
+    )
     with nullcontext(None) if as_json else progress_bar() as report:
         outcome = run(asked, report=report)
     session = open_session(base, [f"quickstart={outcome.saved}"], dtype=_stored(asked))
@@ -106,5 +110,7 @@ def _table(answered: Sequence[Answered]) -> Table:
     table = Table("question (not among the rows)", "before", "after", header_style="bold", show_lines=True)
     step = max(1, len(answered) // SHOWN)
     for row in answered[::step][:SHOWN]:
-        table.add_row(Text(row.question), Text(row.before, "dim"), Text(row.after, "green" if row.expects in row.after else ""))
+        table.add_row(
+            Text(row.question), Text(row.before, "dim"), Text(row.after, "green" if row.expects in row.after else "")
+        )
     return table

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import deltatune.interop  # noqa: F401  teaches `load` PEFT's format
 from deltatune.core import DeltatuneError, load, nearest, using
-from deltatune.routers.per_row import PerRow
 from deltatune.data import Template, read, resolve
 from deltatune.data.readers import Problems
 from deltatune.models.loading import load_base, load_tokenizer
+from deltatune.routers.per_row import PerRow
 from deltatune.train.merged import stop_tokens
 
 Message = dict[str, Any]

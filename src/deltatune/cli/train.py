@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,7 +15,8 @@ from deltatune.train.run import Outcome, run
 
 File = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="In place of the recipe's: train.lr=1e-4, or lr=1e-4.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="In place of the recipe's: train.lr=1e-4, or lr=1e-4."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -51,7 +51,11 @@ def told(outcome: Outcome) -> dict[str, Any]:
 def summary(outcome: Outcome) -> list[str]:
     result = outcome.result
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
-    held_out = "" if result.best is None else f", least evaluation loss {result.best['eval_loss']:.4f} at step {result.best['step']}"
+    held_out = (
+        ""
+        if result.best is None
+        else f", least evaluation loss {result.best['eval_loss']:.4f} at step {result.best['step']}"
+    )
     speed = result.tokens / max(result.seconds, 1e-9)
     return [
         f"{result.step:,} steps, {result.tokens:,} tokens in {result.seconds:,.0f} s ({speed:,.0f} tokens/s){loss}{held_out}",

@@ -13,5 +13,6 @@ from deltatune.core.units import Base, Delta, Intervention, Router
 __all__ = [
     "Adapter", "Base", "Callback", "Config", "Delta", "DeltatuneError", "Events", "Fused", "Groups", "Init",
     "Intervention", "Layers", "Method", "Part", "Plan", "Router", "Run", "Select", "Shape", "Site", "Union",
-    "activate", "adapters", "attach", "detach", "load", "matching", "merge", "nearest", "plan", "resolve", "save", "unmerge", "using",
+    "activate", "adapters", "attach", "detach", "load", "matching", "merge", "nearest", "plan", "resolve", "save",
+    "unmerge", "using",
 ]  # fmt: skip

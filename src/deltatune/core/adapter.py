@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -62,9 +63,8 @@ class Adapter:
     def sites(self) -> Iterator[tuple[str, nn.Module, Intervention, str]]:
         """(path, module, unit, place) of every unit."""
         for path, module, slot in slots(self.model):
-            if self.name in slot.places:
-                for unit, place in zip(slot.units[self.name], slot.places[self.name], strict=True):  # type: ignore[arg-type]
-                    yield path, module, unit, place
+            for unit, place in slot.pairs(self.name):
+                yield path, module, unit, place
 
     def units(self) -> Iterator[tuple[str, Intervention]]:
         """(name, unit), where the name is the module's path and the unit's number there: `layers.0.q_proj.0`."""
@@ -137,7 +137,6 @@ class Adapter:
 
     def _portable_method(self) -> Method:
         """The method with targets that can be written down: those that are code become the paths that they found."""
-        import dataclasses
 
         def fix(part: Method, paths: tuple[str, ...]) -> Method:
             try:

@@ -30,7 +30,7 @@ class Trained(Protocol):
 class Run:
     """A training run as callbacks see it. `step` counts optimizer steps from 1; `adapter` is None when the base trains.
 
-    `share`: the part of the step that is in this micro-batch; a term added to the loss of a step is multiplied by it."""
+    `share`: the part of the step that is in this micro-batch; a term added to a step's loss is multiplied by it."""
 
     model: nn.Module
     adapter: Trained | None

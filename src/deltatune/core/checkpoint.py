@@ -57,7 +57,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, dtype
     config, tensors = read_folder(folder)
     own = config.get("deltatune", {})
     if own.get("format", FORMAT) > FORMAT:
-        raise DeltatuneError(f"{folder}: format {own['format']} is newer than this library reads ({FORMAT}); upgrade it")
+        raise DeltatuneError(
+            f"{folder}: format {own['format']} is newer than this library reads ({FORMAT}); upgrade it"
+        )
     if own.get("tensors") == "deltatune":
         method = Method.from_dict(own["method"])
     else:

@@ -1,4 +1,4 @@
-"""Values that describe an adapter before it touches a model: `Method`, `Union`, `Init`, and the `Site` they are given."""
+"""Values that describe an adapter before it touches a model: `Method`, `Union`, `Init`, and `Site`, which they get."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.storage import layers
 from deltatune.core.callback import Callback
 from deltatune.core.config import Config
 from deltatune.core.select import Select
 from deltatune.core.units import ATTENTION, CALL, Intervention
+from deltatune.storage import layers
 
 
 def matching(patterns: Mapping[str, Any], path: str, default: Any) -> Any:

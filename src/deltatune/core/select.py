@@ -2,7 +2,7 @@
 
 A selection is one of
 
-    r".*\\.q_proj"            a regular expression over the whole module path, or a bare name ("q_proj") as its last part
+    r".*\\.q_proj"            a regular expression over the whole path, or a bare name ("q_proj") as its last part
     "all-linear"             every linear layer but the output head
     "all-layers"             every layer of a known type: linear, convolution, embedding, layer norm
     nn.Linear                a module type
@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltatune.storage import layers
 from deltatune.core.config import Config
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.plugins import load_plugins
+from deltatune.storage import layers
 
 SLOT = "adapters"  # the child of a grafted module that holds its adapters
 Select = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Config | tuple[Any, ...] | None
@@ -166,11 +166,10 @@ def _is_head(path: str, module: nn.Module, model: nn.Module) -> bool:
 def _find_parts(model: nn.Module, names: tuple[str, ...], partly: bool = False) -> list[Match]:
     """`partly`: an architecture may lack some of a method's usual parts, never all of them."""
     known = {k: v for k, v in _PARTS[0](model).items() if v is not None}
-    if missing := [n for n in names if n not in known]:
-        if not partly or len(missing) == len(names):
-            raise DeltatuneError(
-                f"{type(model).__name__} has no part {missing[0]!r}{nearest(missing[0], known)}; it has {', '.join(known)}"
-            )
+    missing = [n for n in names if n not in known]
+    if missing and (not partly or len(missing) == len(names)):
+        near = nearest(missing[0], known)
+        raise DeltatuneError(f"{type(model).__name__} has no part {missing[0]!r}{near}; it has {', '.join(known)}")
     chosen = [known[n] for n in names if n in known]
     fused: dict[tuple[Any, ...], list[int]] = {}
     for s in chosen:

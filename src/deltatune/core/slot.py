@@ -18,7 +18,7 @@ from torch import nn
 
 from deltatune.core.method import Method
 from deltatune.core.select import SLOT, walk
-from deltatune.core.units import ATTENTION, CALL, Base, Delta, Intervention, Router
+from deltatune.core.units import ATTENTION, CALL, Base, Intervention, Router
 
 _MARK = "_deltatune_switch"
 
@@ -83,11 +83,13 @@ class Slot(nn.Module):
         self.merged: dict[str, list[Any]] = {}
 
     def at(self, name: str, attention: bool = False) -> list[tuple[Intervention, str]]:
-        """The units of adapter `name` around the call, or around the attention function; merged ones are in the base."""
-        if name not in self.places or name in self.merged:
-            return []
-        pairs = zip(self.units[name], self.places[name], strict=True)  # type: ignore[arg-type]
-        return [(u, p) for u, p in pairs if (p == ATTENTION) == attention]
+        """The units of `name` around the call, or around the attention function; merged ones are in the base."""
+        return [] if name in self.merged else [(u, p) for u, p in self.pairs(name) if (p == ATTENTION) == attention]
+
+    def pairs(self, name: str) -> list[tuple[Any, str]]:
+        """(unit, place) of adapter `name` here."""
+        units = self.units[name] if name in self.places else ()
+        return list(zip(units, self.places.get(name, ()), strict=True))  # type: ignore[arg-type]
 
     def bind(self, base: Base, *names: str, attention: bool = False) -> Base:
         """`base` under adapters, the first innermost; deltas act on the weight, so they are inside interventions."""
@@ -168,7 +170,3 @@ def set_switch(model: nn.Module, switch: Switch | None) -> None:
         model.__dict__.pop(_MARK, None)
     else:
         model.__dict__[_MARK] = switch
-
-
-def is_delta(slot: Slot, name: str) -> bool:
-    return all(isinstance(u, Delta) for u in slot.units[name])  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from deltatune.storage import layers
 from deltatune.core.adapter import Adapter
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.method import Method, Site
 from deltatune.core.select import Match, resolve, walk
-from deltatune.core.slot import Active, Record, Slot, Switch, graft, is_delta, set_switch, slots, switch_of, ungraft
+from deltatune.core.slot import Active, Record, Slot, Switch, graft, set_switch, slots, switch_of, ungraft
 from deltatune.core.units import CALL, Delta, Intervention, Router, Sliced
+from deltatune.storage import layers
 
 
 class Point(Protocol):
@@ -26,6 +27,7 @@ class Point(Protocol):
     def remove(self, model: nn.Module) -> None: ...
 
 
+Change = Callable[[torch.Tensor], torch.Tensor]
 _POINTS: dict[str, Point] = {}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -71,8 +73,15 @@ def _sites(model: nn.Module, part: Method, dtype: torch.dtype | None, device: st
             if at in around or isinstance(getattr(match.module, at, None), torch.Tensor):
                 own = _float(match.module, at)
                 found.append(
-                    Site(model, match.path, match.module, at, match.rows, dtype or _at_least_fp32(own.dtype),
-                         torch.device(device or own.device))  # fmt: skip
+                    Site(
+                        model,
+                        match.path,
+                        match.module,
+                        at,
+                        match.rows,
+                        dtype or _at_least_fp32(own.dtype),
+                        torch.device(device or own.device),
+                    )  # fmt: skip
                 )
     if not found:
         if container := next((m for m in matches if isinstance(m.module, _CONTAINERS)), None):
@@ -109,7 +118,9 @@ def _unit(part: Method, site: Site, shared: nn.Module | None) -> Intervention:
     if site.rows is None:
         return unit
     if not isinstance(unit, Delta) or not layers.is_linear(site.module):
-        raise DeltatuneError(f"{type(part).__name__}: {site.path!r}: only a delta of a linear layer can act on some rows")
+        raise DeltatuneError(
+            f"{type(part).__name__}: {site.path!r}: only a delta of a linear layer can act on some rows"
+        )
     return Sliced(unit, site.rows.to(site.device), layers.read(site.module, site.at).shape[0])
 
 
@@ -169,8 +180,8 @@ def plan(model: nn.Module, method: Method, *, dtype: torch.dtype | None = None) 
             unit = _unit(part, site, common)
             n = sum(p.numel() for p in unit.parameters() if id(p) not in mine)
             w = getattr(site.module, "weight", None)
-            shape = (site.shape.out, site.shape.in_) if isinstance(w, torch.Tensor) else (None, None)
-            rows.append(PlannedSite(site.path, site.at, type(site.module).__name__, *shape, n))
+            out, in_ = (site.shape.out, site.shape.in_) if isinstance(w, torch.Tensor) else (None, None)
+            rows.append(PlannedSite(site.path, site.at, type(site.module).__name__, out, in_, n))
     total = sum(p.numel() for p in {p for _, m in walk(model) for p in m._parameters.values() if p is not None})
     return Plan(tuple(rows), sum(r.parameters for r in rows) + shared_size, total)
 
@@ -230,16 +241,15 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
             continue
         mine = [(path, m, s) for path, m, s in slots(model) if name in s.places]
         for path, _, slot in mine:
-            if not is_delta(slot, name):
-                kind = next(u for u in slot.units[name] if not isinstance(u, Delta))  # type: ignore[union-attr]
-                raise DeltatuneError(f"{path}: {type(kind).__name__} acts on activations and cannot be merged")
+            if kinds := [type(u).__name__ for u, _ in slot.pairs(name) if not isinstance(u, Delta)]:
+                raise DeltatuneError(f"{path}: {kinds[0]} acts on activations and cannot be merged")
         tied = _tied(model)
         written: list[tuple[nn.Module, Slot]] = []
         try:
             for path, module, slot in mine:
                 slot.merged[name] = []
                 written.append((module, slot))
-                for unit, at in zip(slot.units[name], slot.places[name], strict=True):  # type: ignore[arg-type]
+                for unit, at in slot.pairs(name):
                     slot.merged[name].append(_write(path, module, at, unit.weight, tied))
                     if unit.moves_bias and at == "weight" and getattr(module, "bias", None) is not None:
                         slot.merged[name].append(_write(path, module, "bias", unit.bias, tied))
@@ -255,23 +265,23 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
 
 
 def _tied(model: nn.Module) -> set[int]:
-    seen: set[int] = set()
-    return {id(p) for _, m in walk(model) for p in m._parameters.values() if p is not None and id(p) in seen or seen.add(id(p))}  # type: ignore[func-returns-value]  # fmt: skip
+    """Identities of the parameters that more than one module holds."""
+    held = [id(p) for _, m in walk(model) for p in m._parameters.values() if p is not None]
+    return {i for i, n in Counter(held).items() if n > 1}
 
 
-def _write(path: str, module: nn.Module, at: str, change: Callable[[torch.Tensor], torch.Tensor],
-           tied: set[int]) -> tuple[str, object]:  # fmt: skip
-    """Merge one change of a parameter; what must come back: the old parameter itself if others share it, else a copy of its values."""
+def _write(path: str, module: nn.Module, at: str, change: Change, tied: set[int]) -> tuple[str, torch.Tensor]:
+    """Merge one change of a parameter. Returns what must come back: the old parameter itself if others share it, else
+    a copy of its values."""
     w = layers.read(module, at)
     new = change(w.to(_at_least_fp32(w.dtype)))
     if not bool(torch.isfinite(new).all()):
         raise DeltatuneError(f"{path}.{at}: merging would write non-finite weights; the base is unchanged")
     own = module._parameters.get(at)
+    kept = w.detach().clone()
     if own is not None and id(own) in tied:
         module._parameters[at] = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
-        kept: object = own
-    else:
-        kept = w.detach().clone()
+        kept = own
     layers.write(module, at, new)
     return at, kept
 

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from deltatune.storage import layers
 from deltatune.core.errors import DeltatuneError
+from deltatune.storage import layers
 
 CALL, ATTENTION = "call", "attention"  # the places of a unit that replaces no parameter
 
@@ -171,12 +170,13 @@ class Stacked(Base):
 class _Rows(Base):
     """Some output rows of a linear base whose whole output `y` for `x` is already known."""
 
-    def __init__(self, base: Base, rows: Tensor, x: Tensor, y: Tensor) -> None:
+    def __init__(self, base: Base, rows: Tensor, x: Tensor | None, y: Tensor | None) -> None:
         super().__init__(base.module, base.call, base.at)
         self.base, self.rows, self.x, self.y = base, rows, x, y
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return (self.y if x is self.x else self.base(x)).index_select(-1, self.rows)
+        y = self.y if self.y is not None and x is self.x else self.base(x)
+        return y.index_select(-1, self.rows)
 
     def parameter(self, name: str) -> Tensor | None:
         p = self.base.parameter(name)
@@ -185,11 +185,15 @@ class _Rows(Base):
     def under(self, name: str, value: Tensor) -> Base:
         whole = self.base.parameter(name)
         assert whole is not None  # a unit only replaces what it was given
-        return _Rows(self.base.under(name, whole.index_copy(0, self.rows, value.to(whole.dtype))), self.rows, None, None)  # type: ignore[arg-type]
+        return _Rows(
+            self.base.under(name, whole.index_copy(0, self.rows, value.to(whole.dtype))), self.rows, None, None
+        )  # type: ignore[arg-type]
 
 
 class Sliced(Delta):
     """A delta of some rows of a fused projection: one third of `c_attn`, the keys of `query_key_value`."""
+
+    rows: Tensor
 
     def __init__(self, inner: Delta, rows: Tensor, out: int) -> None:
         super().__init__()

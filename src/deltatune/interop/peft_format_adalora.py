@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from deltatune.core import DeltatuneError, Intervention, Method
-from deltatune.storage import layers
 from deltatune.core.units import Sliced
 from deltatune.interop.peft_format_common import Fields, Piece, Placed, Stored, Tensors, exact_targets, is_transposed
 from deltatune.interop.peft_format_lora import DEFAULTS, refuse
 from deltatune.methods.adalora import AdaLoRA, Triplets
+from deltatune.storage import layers
 
 _OPTIONS = {
     "target_r": "target_r", "init_r": "init_r", "t_init": "tinit", "t_final": "tfinal", "every": "deltaT",

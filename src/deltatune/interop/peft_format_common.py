@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import DeltatuneError, Intervention, Method, Union, resolve
-from deltatune.storage import layers
 from deltatune.core.select import walk
+from deltatune.storage import layers
 
 PREFIX, WRAPPER = "base_model.model.", "base_model."
 VERSION = "0.21.2"  # of PEFT, whose layout this is

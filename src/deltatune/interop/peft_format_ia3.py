@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from deltatune.core import DeltatuneError, Method
-from deltatune.storage import layers
 from deltatune.core.units import Sliced
 from deltatune.interop.peft_format_common import Fields, Piece, Placed, Stored, Tensors, exact_targets, is_transposed
 from deltatune.methods.ia3 import IA3, ScaledInput, ScaledOutput
+from deltatune.storage import layers
 
 _CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 

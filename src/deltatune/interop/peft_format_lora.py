@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import DeltatuneError, Intervention, Method
-from deltatune.storage import layers
 from deltatune.core.method import matching
 from deltatune.core.units import Sliced
 from deltatune.interop.peft_format_common import (
@@ -30,6 +29,7 @@ from deltatune.interop.peft_format_common import (
 )
 from deltatune.methods.dora import DoRA, Magnitude
 from deltatune.methods.lora import LoRA, LowRank
+from deltatune.storage import layers
 
 DEFAULTS: Fields = {
     "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "bias": "none", "corda_config": None,

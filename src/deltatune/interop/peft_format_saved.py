@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import Delta, DeltatuneError, Method
-from deltatune.storage import layers
 from deltatune.core.select import walk
 from deltatune.interop.peft_format_common import (
     HEADS,
@@ -25,6 +24,7 @@ from deltatune.interop.peft_format_common import (
 )
 from deltatune.methods.bitfit import BitFit
 from deltatune.methods.tune import Tune
+from deltatune.storage import layers
 
 Copies = dict[str, dict[str, Tensor]]  # module path -> parameter -> its value in the module's own layout
 

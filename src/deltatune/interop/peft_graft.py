@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import trainer_utils
 
-from deltatune.storage.layers import plain_class
 from deltatune.core.slot import Grafted
 from deltatune.core.slot import _revive as _revive_grafted
+from deltatune.storage.layers import plain_class
 
 
 class Rooted(nn.Module):

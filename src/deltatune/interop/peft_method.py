@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from deltatune.core import Adapter, DeltatuneError, Init, Method, Select, Union
-from deltatune.storage import layers
 from deltatune.core.errors import nearest
 from deltatune.core.select import walk
 from deltatune.inits.olora import OLoRA
@@ -38,6 +37,7 @@ from deltatune.methods.lora import LoRA
 from deltatune.methods.prefix import PrefixTuning
 from deltatune.methods.prompt import PromptTuning
 from deltatune.methods.tune import Tune
+from deltatune.storage import layers
 
 HEADS = {  # trained and saved in full beside the adapter
     TaskType.SEQ_CLS: ("classifier", "score"),

@@ -16,7 +16,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from deltatune import core
 from deltatune.core import Adapter, DeltatuneError, Run
-from deltatune.routers.per_row import PerRow
 from deltatune.core import adapter as core_adapter
 from deltatune.core import checkpoint as core_checkpoint
 from deltatune.core.errors import nearest
@@ -25,6 +24,7 @@ from deltatune.interop.peft_config import AdaLoraConfig, PeftConfig, TaskType, f
 from deltatune.interop.peft_graft import BaseView, Rooted, graft, ungraft, ungrafted
 from deltatune.interop.peft_method import method_of, start
 from deltatune.interop.peft_state import encoded, fill
+from deltatune.routers.per_row import PerRow
 
 BASE = "__base__"
 _AS_WRITTEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias")  # by the tensors

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from deltatune.core import Adapter, DeltatuneError
-from deltatune.storage import layers
 from deltatune.core import adapter as written_by
 from deltatune.core import checkpoint as read_by
 from deltatune.methods.tune import Copy
+from deltatune.storage import layers
 
 
 def encoded(adapter: Adapter) -> dict[str, Tensor]:

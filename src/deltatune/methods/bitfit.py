@@ -10,6 +10,7 @@ without bias vectors (Llama, T5) has nothing to train, and says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from deltatune.core import Select
 from deltatune.methods.tune import Tune
@@ -19,4 +20,4 @@ from deltatune.methods.tune import Tune
 class BitFit(Tune):
     targets: Select = "all-layers"
 
-    at = ("bias",)
+    at: ClassVar[tuple[str, ...]] = ("bias",)

@@ -47,7 +47,9 @@ class Magnitude(Delta):
     @torch.no_grad()
     def norm(self, w: Tensor) -> Tensor:
         with torch.autocast("cpu" if w.is_meta else w.device.type, enabled=False):  # products in full precision
-            return torch.linalg.vector_norm(self.inner.weight(w.to(torch.promote_types(w.dtype, torch.float32))), dim=self.dim)
+            return torch.linalg.vector_norm(
+                self.inner.weight(w.to(torch.promote_types(w.dtype, torch.float32))), dim=self.dim
+            )
 
     def weight(self, w: Tensor) -> Tensor:
         return (self.m / self.norm(w)).unsqueeze(self.dim) * self.inner.weight(w)

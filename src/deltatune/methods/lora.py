@@ -53,7 +53,7 @@ class LoRA(Method):
 
 
 class LowRank(Delta):
-    """`a` (r, in), `b` (out, r). `a0`, `b0`: a constant product taken off, for initialisations that do not start at 0."""
+    """`a` (r, in), `b` (out, r). `a0`, `b0`: a constant product taken off, for initialisations that start elsewhere."""
 
     roles = {"a": "down", "b": "up"}
 

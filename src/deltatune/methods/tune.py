@@ -6,6 +6,7 @@ For a task head, norms, embeddings: what PEFT calls `modules_to_save`. The base 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from deltatune.core import Delta, Method, Site
 @dataclass(frozen=True, kw_only=True)
 class Tune(Method):
     usual = ("head",)
-    at = ("weight", "bias")
+    at: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def build(self, site: Site, shared: nn.Module | None) -> Copy:
         return Copy(site)

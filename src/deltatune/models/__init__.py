@@ -2,8 +2,8 @@
 
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.storage import layers
 from deltatune.models import anatomy, attention
+from deltatune.storage import layers
 
 layers.register(Conv1D, transposed=True)
 

@@ -20,9 +20,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.storage.layers import plain_class
 from deltatune.core.select import SLOT
 from deltatune.core.surgery import register_point
+from deltatune.storage.layers import plain_class
 
 PREFIX = "deltatune_"
 INLINE = ("BloomAttention", "FalconAttention", "GPTJAttention")  # attention in the module itself: keys can be prepended

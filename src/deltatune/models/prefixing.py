@@ -28,7 +28,7 @@ _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention|cross_attn")
 
 
 def group(site: Site) -> str:
-    """"encoder", "decoder" or "cross": which of a model's attentions this is."""
+    """ "encoder", "decoder" or "cross": which of a model's attentions this is."""
     if _CROSS.search(site.path):
         return "cross"
     both = getattr(site.config, "is_encoder_decoder", False)

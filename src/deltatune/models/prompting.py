@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.storage.layers import plain_class
 from deltatune.core.method import Site
 from deltatune.core.units import Base, Intervention
 from deltatune.models.anatomy import ANATOMY, parts
 from deltatune.models.calls import accepted, arguments
+from deltatune.storage.layers import plain_class
 
 CLASSIFIERS = ("bert", "roberta", "deberta-v2", "distilbert")  # their first token, [CLS], is read by a pooler
 

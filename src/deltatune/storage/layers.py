@@ -23,7 +23,7 @@ class Kind:
     """How one type of layer computes when some of its parameters are replaced."""
 
     def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The module's forward with `params` in place of its own, leaving the module untouched (threads may share it)."""
+        """The module's forward with `params` in place of its own; the module is not touched, threads may share it."""
         twin = object.__new__(type(module))
         twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters}}
         for name, p in params.items():
@@ -50,8 +50,9 @@ class EmbeddingKind(Kind):
     def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         if type(module) is not nn.Embedding and plain_class(type(module)).forward is not nn.Embedding.forward:
             return super().run(module, params, *args, **kwargs)  # one that scales or offsets, e.g. Gemma's, OPT's
-        m = module
-        return F.embedding(*args, params["weight"], m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+        (x,), m = args, module
+        scaling = m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse
+        return F.embedding(x, params["weight"], *scaling)
 
     def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         if plain_class(type(module)).forward is not nn.Embedding.forward:
@@ -74,7 +75,8 @@ class ConvKind(Kind):
 class LayerNormKind(Kind):
     def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         w, b = params.get("weight", module.weight), params.get("bias", module.bias)
-        return F.layer_norm(*args, module.normalized_shape, w, b, module.eps)
+        (x,) = args
+        return F.layer_norm(x, module.normalized_shape, w, b, module.eps)
 
 
 LINEAR = LinearKind()
@@ -107,7 +109,7 @@ def layer_of(module: nn.Module) -> Layer:
     return next((_LAYERS[c] for c in type(module).__mro__ if c in _LAYERS), _OTHER)
 
 
-def plain_class(cls: type) -> type:
+def plain_class(cls: type[Any]) -> Any:
     """The class a grafted module had before."""
     return getattr(cls, "plain_class", cls)
 

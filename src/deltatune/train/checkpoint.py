@@ -1,8 +1,8 @@
 """Checkpoints of a run, from which it goes on bit for bit: safetensors and JSON, nothing pickled.
 
-    checkpoints/step-120/   weights, optimizer, callbacks .safetensors and state.json
-    checkpoints/last        the name of the folder to resume from
-    checkpoints/best        the name of the folder with the least evaluation loss
+checkpoints/step-120/   weights, optimizer, callbacks .safetensors and state.json
+checkpoints/last        the name of the folder to resume from
+checkpoints/best        the name of the folder with the least evaluation loss
 """
 
 from __future__ import annotations

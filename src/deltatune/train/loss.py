@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.slot import switch_of
-from deltatune.routers.per_row import PerRow
 from deltatune.data.encode import IGNORED, Task
 from deltatune.data.loader import Batches
 from deltatune.data.packing import Batch
+from deltatune.routers.per_row import PerRow
 from deltatune.train.process import Processes
 
 

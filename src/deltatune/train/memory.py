@@ -36,20 +36,15 @@ SCATTERED = 0.5
 
 @dataclass(frozen=True)
 class Shape:
-    """The largest micro-batch: `rows` of `length` tokens, of which `trained` carry loss. `packed`: with a mask by document.
+    """The largest micro-batch: `rows` of `length` tokens, of which `trained` carry loss.
 
-    `target` is the length of a decoder's input where there is an encoder, `labels` the number of classes."""
+    `target` is the length of a decoder's input where there is an encoder."""
 
     rows: int
     length: int
     trained: int
     task: Task = "causal"
-    packed: bool = False
     target: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.length
 
 
 @dataclass(frozen=True)
@@ -157,9 +152,10 @@ class _Attention(torch.autograd.Function):
         return *(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None
 
 
-def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOptions, dtype: torch.dtype) -> Counter[str]:
+def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOptions, dtype: torch.dtype, *,
+         masked: bool = True) -> Counter[str]:  # fmt: skip
     """Bytes beside parameters and optimizer at the peak of one step of `model`, which lies on "meta"."""
-    inputs, n = _inputs(model, shape), shape.trained
+    inputs, n = _inputs(shape, masked), shape.trained
     parameters = list((model if adapter is None else adapter).parameters())
     held = [*model.parameters(), *model.buffers(), *parameters, *inputs.values()]
     live = _Live(t for t in held if t.device == META)
@@ -178,17 +174,16 @@ def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOption
     if options.activation_checkpointing:
         model.activation_checkpointing_enable()
     try:
-        with live:
-            with _Kernels(dtype):
-                logits = model(**inputs).logits
-                live.phase = "loss"
-                logits = logits.flatten(0, -2)[:n].float()
-                loss = F.cross_entropy(logits, torch.empty(len(logits), dtype=torch.long, device=META), reduction="sum")
-                del logits
-                live.phase = "backward"
-                one = torch.ones((), device=META)  # `loss.backward()` would leave `_Kernels` before recomputing blocks
-                engine = torch.autograd.Variable._execution_engine
-                engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+        with live, _Kernels(dtype):
+            logits = model(**inputs).logits
+            live.phase = "loss"
+            logits = logits.flatten(0, -2)[:n].float()
+            loss = F.cross_entropy(logits, torch.empty(len(logits), dtype=torch.long, device=META), reduction="sum")
+            del logits
+            live.phase = "backward"
+            one = torch.ones((), device=META)  # `loss.backward()` would leave `_Kernels` before recomputing blocks
+            engine = torch.autograd.Variable._execution_engine
+            engine.run_backward((loss,), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -198,14 +193,15 @@ def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOption
     return live.peak
 
 
-def _inputs(model: Any, shape: Shape) -> dict[str, Tensor]:
-    def ids(length: int) -> Tensor:
-        return torch.empty(shape.rows, length, dtype=torch.long, device=META)
+def _inputs(shape: Shape, masked: bool) -> dict[str, Tensor]:
+    def blank(*size: int, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.empty(shape.rows, *size, dtype=dtype, device=META)
 
-    seen = torch.empty(shape.rows, 1, shape.length, shape.length, dtype=torch.bool, device=META)
-    given = {"input_ids": ids(shape.length), "attention_mask": seen}
+    given = {"input_ids": blank(shape.length)}
+    if masked:
+        given["attention_mask"] = blank(1, shape.length, shape.length, dtype=torch.bool)
     if shape.task == "seq2seq":
-        given |= {"decoder_input_ids": ids(shape.target)}
+        given["decoder_input_ids"] = blank(shape.target)
     return given
 
 
@@ -219,7 +215,10 @@ def estimate(model: Any, method: Method | None, shape: Shape, options: TrainOpti
     try:
         adapter = None if method is None else attach(model, method)
         trained = list((model if adapter is None else adapter).parameters())
-        found = step(model, adapter, shape, options, dtype)
+        try:
+            found = step(model, adapter, shape, options, dtype)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError):  # not all take a mask of the whole matrix
+            found = step(model, adapter, shape, options, dtype, masked=False)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeltatuneError(f"no memory estimate for {type(method).__name__}: {why}") from error

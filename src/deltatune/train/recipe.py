@@ -159,14 +159,15 @@ def _override(given: dict[str, Any], override: str) -> None:
     *path, last = (key if "." in key else _place(given, key)).split(".")
     inner: Any = given
     for name in path:
-        if isinstance(inner, dict) and not isinstance(inner.get(name), (dict, list)):
-            had = inner.get(name)
-            inner[name] = {} if had is None else {"train" if name == "data" else "name": had}
-        inner = inner[int(name)] if isinstance(inner, list) and name.isdigit() and int(name) < len(inner) else (
-            inner.get(name) if isinstance(inner, dict) else None
-        )  # fmt: skip
-    if not isinstance(inner, dict):
-        raise DeltatuneError(f"{override!r}: {'.'.join(path)} is a list; name one of it by number, as method.0.{last}")
+        key_of = int(name) if isinstance(inner, list) and name.isdigit() and int(name) < len(inner) else name
+        if isinstance(inner, list) and key_of is name:
+            raise DeltatuneError(f"{override!r}: there are several; name one by its number, as {path[0]}.0.{last}")
+        had = inner[key_of] if isinstance(inner, list) else inner.get(name)
+        if not isinstance(had, (dict, list)):  # a short form
+            had = inner[key_of] = {} if had is None else {"train" if name == "data" else "name": had}
+        inner = had
+    if isinstance(inner, list):
+        raise DeltatuneError(f"{override!r}: there are several; name one by its number, as {path[0]}.0.{last}")
     inner[last] = value
 
 
@@ -176,7 +177,9 @@ def _place(given: Mapping[str, Any], key: str) -> str:
         return key
     places = {f"data.{n}" for n in Data.model_fields} | {f"train.{n}" for n in TrainOptions.model_fields if n != "seed"}
     spec = given.get("method", "lora")
-    for prefix, one in [(f"method.{i}", s) for i, s in enumerate(spec)] if isinstance(spec, list) else [("method", spec)]:
+    for prefix, one in (
+        [(f"method.{i}", s) for i, s in enumerate(spec)] if isinstance(spec, list) else [("method", spec)]
+    ):
         name = one.get("name", "") if isinstance(one, Mapping) else one
         if name != FULL:
             places |= {f"{prefix}.{f.name}" for f in dataclasses.fields(named(Method, str(name)))}
@@ -208,7 +211,9 @@ def _written(value: Any) -> Any:
     """What `_values` and the registry make `value` of."""
     if isinstance(value, Config):
         kind = "name" if isinstance(value, (Method, Callback)) or "inits" in type(value).__module__ else "type"
-        return {kind: type(value).__name__} | {f.name: _written(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {kind: type(value).__name__} | {
+            f.name: _written(getattr(value, f.name)) for f in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {str(key): _written(inner) for key, inner in value.items()}
     return [_written(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,36 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import deltatune.interop  # noqa: F401  has adapters written in PEFT's layout
-from deltatune.core import Adapter, Callback, DeltatuneError, Method, Part, Plan, Union, adapters, attach, detach, nearest, plan
+from deltatune.core import (
+    Adapter,
+    Callback,
+    DeltatuneError,
+    Method,
+    Part,
+    Plan,
+    Union,
+    attach,
+    nearest,
+    plan,
+)
 from deltatune.core.adapter import CONFIG, write_atomically
 from deltatune.core.units import ATTENTION, CALL
-from deltatune.data import Batches, Dataset, Encoded, Example, Rows, Summary, build, load, normalise, packed, padded, split
+from deltatune.data import (
+    Batches,
+    Dataset,
+    Encoded,
+    Example,
+    Rows,
+    Summary,
+    build,
+    load,
+    normalise,
+    packed,
+    padded,
+    split,
+)
 from deltatune.data.encode import Task
-from deltatune.data.formats import Conversation, Labelled, Tagged
+from deltatune.data.formats import Labelled, Tagged
 from deltatune.data.templates import NAMED, adds_bos, resolve
 from deltatune.methods.tune import Tune
 from deltatune.models.loading import TASKS, load_base, load_tokenizer, locate, read_config
@@ -80,8 +104,9 @@ class Prepared:
     def plan(self) -> Plan | None:
         return None if self.method is None else plan(self.blank(), self.method)
 
-    def sized(self, process: int = 0, packing: bool | None = None, processes: Processes | None = None
-              ) -> tuple[TrainOptions, Estimate | DeltatuneError]:
+    def sized(
+        self, process: int = 0, packing: bool | None = None, processes: Processes | None = None
+    ) -> tuple[TrainOptions, Estimate | DeltatuneError]:
         """The options with a micro-batch that fits into memory where the recipe leaves it open, and the estimate."""
         options = self.recipe.train
         if packing is None:
@@ -93,7 +118,9 @@ class Prepared:
         if choose and self.device.type == "cpu" and step > ON_CPU:
             options = options.model_copy(update={"tokens_per_batch": max(ON_CPU, longest)})
         while True:
-            shape = largest(batches(self.rows, self.tokenizer, options, self.task, packing, self.max_length, self.recipe.seed))
+            shape = largest(
+                batches(self.rows, self.tokenizer, options, self.task, packing, self.max_length, self.recipe.seed)
+            )
             try:
                 found = memory.estimate(self.blank(), self.method, shape, options, dtype=self.dtype,
                                         device=self.device, process=process)  # fmt: skip
@@ -175,7 +202,9 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
         _save(model, adapter, saved, ready)
     known = estimate if isinstance(estimate, Estimate) else None
     if known is not None:
-        tell(f"memory: {peak / 2**30:.2f} GiB at most, {known.total / 2**30:.2f} GiB estimated ({known.total / peak - 1:+.0%})")
+        tell(
+            f"memory: {peak / 2**30:.2f} GiB at most, {known.total / 2**30:.2f} GiB estimated ({known.total / peak - 1:+.0%})"
+        )
     return Outcome(output, saved, result, ready.rows.summary, planned, packing, known, peak)
 
 
@@ -195,7 +224,9 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
         raise DeltatuneError(f"train has no option {name!r}{nearest(name, known)}")
     mine = {k: v for k, v in options.items() if k in Data.model_fields}
     told = TrainOptions(**{k: v for k, v in options.items() if k not in mine})
-    given = Recipe.of({"base": "", "data": {**mine, "train": str(data) if isinstance(data, (str, Path)) else "rows"}}, "train").data
+    given = Recipe.of(
+        {"base": "", "data": {**mine, "train": str(data) if isinstance(data, (str, Path)) else "rows"}}, "train"
+    ).data
     tokenizer = tokenizer or load_tokenizer(model.name_or_path)
     how: dict[str, Any] = {"format": given.format, "columns": given.columns}
     if isinstance(data, (str, Path)):
@@ -204,7 +235,9 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
         source = normalise(Rows("rows", [dict(row) for row in data], [f"rows[{i}]" for i in range(len(data))]), **how)
     task = task or _task(source, model.config)
     max_length, _ = _length(given.max_length, model.config, tokenizer)
-    rows, held_out = held(encode(source, tokenizer, given, task, max_length), given, tokenizer, task, max_length, told.seed)
+    rows, held_out = held(
+        encode(source, tokenizer, given, task, max_length), given, tokenizer, task, max_length, told.seed
+    )
     packing = given.packing is not False and task == "causal" and (adapter is None or _pointwise(adapter))
     packing = _packs(model, packing, given.packing)
     processes = Processes()
@@ -212,7 +245,10 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
         size = max(min(ON_CPU, told.tokens_per_step or TOKENS_PER_STEP), max_length if packing else max(map(len, rows)))
         told = told.model_copy(update={"tokens_per_batch": size})
     share = {"rank": processes.rank, "world": processes.world}
-    made = [some and batches(some, tokenizer, told, task, packing, max_length, told.seed, **share) for some in (rows, held_out)]
+    made = [
+        some and batches(some, tokenizer, told, task, packing, max_length, told.seed, **share)
+        for some in (rows, held_out)
+    ]
     return fit(model, adapter, made[0], eval_batches=made[1], options=told, callbacks=callbacks, output=output,
                resume=resume, report=report)  # type: ignore[arg-type]  # fmt: skip
 
@@ -256,7 +292,7 @@ def largest(found: Batches) -> Shape:
             rows, length = b, t
         trained = max(trained, batch.trained_tokens)
         target = max(target, batch.labels.shape[-1] if batch.labels.ndim > 1 else 0)
-    return Shape(rows, length, trained, found.task, found.packing, target)
+    return Shape(rows, length, trained, found.task, target)
 
 
 def _task(source: Dataset, config: Any) -> Task:
@@ -272,8 +308,12 @@ def _length(asked: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) 
     if asked is None:
         return min(LONGEST, room), ()
     if asked > room and getattr(config, "rope_parameters", None) is None:
-        raise DeltatuneError(f"data.max_length: {asked} is more than the {room} tokens that the base can read; lower it")
-    return asked, ((f"data.max_length: {asked} is more than the {room} tokens that the base was made for",) if asked > room else ())
+        raise DeltatuneError(
+            f"data.max_length: {asked} is more than the {room} tokens that the base can read; lower it"
+        )
+    return asked, (
+        (f"data.max_length: {asked} is more than the {room} tokens that the base was made for",) if asked > room else ()
+    )
 
 
 def _with_head(method: Method) -> Method:
@@ -326,9 +366,13 @@ def _free(output: Path, resume: bool) -> None:
     if not output.is_dir():
         raise DeltatuneError(f"output: {output} is a file; name a folder")
     if (output / "checkpoints" / "last").is_file() and not (output / ADAPTER).exists():
-        raise DeltatuneError(f"output: {output} holds a run that is not finished; go on with --resume, or name another output")
+        raise DeltatuneError(
+            f"output: {output} holds a run that is not finished; go on with --resume, or name another output"
+        )
     if found := sorted({p.name for p in output.iterdir()} - LEFT):
-        raise DeltatuneError(f"output: {output} is not empty ({', '.join(found[:3])}); name another, as output=runs/other")
+        raise DeltatuneError(
+            f"output: {output} is not empty ({', '.join(found[:3])}); name another, as output=runs/other"
+        )
 
 
 def _save(model: Any, adapter: Adapter | None, folder: Path, ready: Prepared) -> None:
