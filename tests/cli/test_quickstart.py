@@ -31,7 +31,14 @@ def _run(*args: object) -> Any:
 def test_it_shows_before_and_after(base: Path) -> None:
     result = _run("--output", base / "run", "--epochs", 1)
     assert result.exit_code == 0, result.output
-    for text in ("before", "after", "held-out loss", "right answers", "of 24", f"deltatune chat --adapter {base / 'run' / 'adapter'}"):
+    for text in (
+        "before",
+        "after",
+        "held-out loss",
+        "right answers",
+        "of 24",
+        f"deltatune chat --adapter {base / 'run' / 'adapter'}",
+    ):
         assert text in result.output
     assert (base / "run" / "adapter" / "adapter_config.json").is_file()
     again = _run("--output", base / "run")

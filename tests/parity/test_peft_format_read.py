@@ -6,7 +6,7 @@ import warnings
 import peft
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoraConfig, TrainableTokensConfig
 from peft_pairs import base, close, config_of, edit, from_peft, outputs, perturb, save_peft, tensors_of, write_tensors
@@ -184,6 +184,7 @@ def test_adalora_after_its_ranks_were_allocated(tmp_path):
     targets=st.sets(st.sampled_from(["q_proj", "v_proj", "embed_tokens", "down_proj"]), min_size=1),
 )
 def test_any_pattern(r, alpha, root, dora, ranks, alphas, targets, tmp_path):
+    assume(not {"q_proj", r"layers\.0.*"} <= ranks.keys())  # PEFT sorts them when it saves: which came first is lost
     config = LoraConfig(
         r=r, lora_alpha=alpha, use_rslora=root, use_dora=dora, rank_pattern=ranks, alpha_pattern=alphas,
         target_modules=targets,

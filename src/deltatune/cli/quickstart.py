@@ -42,9 +42,9 @@ def recipe(base: str, output: str, epochs: int) -> Recipe:
     return Recipe.of({
         "base": base,
         "data": {"train": rows, "eval": held_out, "template": template, "max_length": 256},
-        "method": {"name": "lora", "r": 8, "alpha": 16},
-        "train": {"epochs": epochs, "lr": 2e-3, "schedule": "cosine", "warmup": 0.1, "tokens_per_step": 512,
-                  "eval_every": 1000},
+        "method": {"name": "lora", "r": 16, "alpha": 32},
+        "train": {"epochs": epochs, "lr": 2e-3, "schedule": "cosine", "warmup": 0.1, "tokens_per_step": 256,
+                  "eval_every": 10_000, "save_every": 10_000},
         "output": output,
     }, "quickstart")  # fmt: skip
 

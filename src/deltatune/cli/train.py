@@ -27,7 +27,7 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the output folder stopped.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter as RECIPE says; write it, the recipe with every default, metrics and checkpoints to its output."""
+    """Train an adapter as RECIPE says, into its output: the adapter, the recipe in full, metrics, checkpoints."""
     overrides = overrides or []
     resume = resume or "resume=true" in overrides
     read = Recipe.read(recipe, [override for override in overrides if override != "resume=true"])
@@ -58,7 +58,8 @@ def summary(outcome: Outcome) -> list[str]:
     )
     speed = result.tokens / max(result.seconds, 1e-9)
     return [
-        f"{result.step:,} steps, {result.tokens:,} tokens in {result.seconds:,.0f} s ({speed:,.0f} tokens/s){loss}{held_out}",
+        f"{result.step:,} steps, {result.tokens:,} tokens in {result.seconds:,.0f} s ({speed:,.0f} tokens/s)"
+        f"{loss}{held_out}",
         f"saved {outcome.saved}",
     ]
 

@@ -77,7 +77,8 @@ class LowRank(Delta):
     def factors(self) -> tuple[Tensor, Tensor]:
         if self.a0 is None:
             return self.s * self.b, self.a
-        return self.s * torch.cat([self.b, -self.b0], 1), torch.cat([self.a, self.a0])
+        # B A - B0 A0 = (B - B0) A + B0 (A - A0): small terms, for a difference of large ones loses digits
+        return self.s * torch.cat([self.b - self.b0, self.b0], 1), torch.cat([self.a, self.a - self.a0])
 
     def weight(self, w: Tensor) -> Tensor:
         up, down = self.factors()

@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from deltatune.data.encode import Task
 from deltatune.train.options import TrainOptions
 
 META = torch.device("meta")
-# From the second step on glibc takes tensors below 32 MiB from its heap, where activations, kept, lie between freed
-# intermediates: resident memory exceeds their sum by 0.45 to 0.65 of it, and not at all if each is mapped by itself.
+# After its first step glibc takes tensors below 32 MiB from its heap, where what is kept lies between freed
+# intermediates. Resident memory then exceeds the sum of tensors by 0.4 to 0.6 of what the blocks keep, or would keep
+# without checkpointing; by nothing when every tensor is mapped by itself.
 SCATTERED = 0.5
 
 
@@ -38,13 +39,14 @@ SCATTERED = 0.5
 class Shape:
     """The largest micro-batch: `rows` of `length` tokens, of which `trained` carry loss.
 
-    `target` is the length of a decoder's input where there is an encoder."""
+    `target` is the length of a decoder's input, if there is an encoder. `masked`: tokens do not see all before them."""
 
     rows: int
     length: int
     trained: int
     task: Task = "causal"
     target: int = 0
+    masked: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,10 +154,10 @@ class _Attention(torch.autograd.Function):
         return *(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None
 
 
-def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOptions, dtype: torch.dtype, *,
-         masked: bool = True) -> Counter[str]:  # fmt: skip
+def step(model: Any, adapter: Adapter | None, shape: Shape, dtype: torch.dtype, *, checkpointing: bool = False
+         ) -> Counter[str]:  # fmt: skip
     """Bytes beside parameters and optimizer at the peak of one step of `model`, which lies on "meta"."""
-    inputs, n = _inputs(shape, masked), shape.trained
+    inputs, n = _inputs(shape), shape.trained
     parameters = list((model if adapter is None else adapter).parameters())
     held = [*model.parameters(), *model.buffers(), *parameters, *inputs.values()]
     live = _Live(t for t in held if t.device == META)
@@ -171,7 +173,7 @@ def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOption
         hooks.append(head.register_forward_pre_hook(select))
     model.train()
     model.config.use_cache = False
-    if options.activation_checkpointing:
+    if checkpointing:
         model.activation_checkpointing_enable()
     try:
         with live, _Kernels(dtype):
@@ -193,12 +195,12 @@ def step(model: Any, adapter: Adapter | None, shape: Shape, options: TrainOption
     return live.peak
 
 
-def _inputs(shape: Shape, masked: bool) -> dict[str, Tensor]:
+def _inputs(shape: Shape) -> dict[str, Tensor]:
     def blank(*size: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.empty(shape.rows, *size, dtype=dtype, device=META)
 
     given = {"input_ids": blank(shape.length)}
-    if masked:
+    if shape.masked:
         given["attention_mask"] = blank(1, shape.length, shape.length, dtype=torch.bool)
     if shape.task == "seq2seq":
         given["decoder_input_ids"] = blank(shape.target)
@@ -209,24 +211,27 @@ def estimate(model: Any, method: Method | None, shape: Shape, options: TrainOpti
              device: torch.device, process: int = 0) -> Estimate:  # fmt: skip
     """The peak of training `method` (None: `model` itself) on `model`, whose parameters lie on "meta".
 
-    dtype: what products run in, on `device`. process: bytes that the process holds without model and data, as `held` says.
+    dtype: what products run in, on `device`. process: bytes held without model and data, as `held` says.
     Raises DeltatuneError where the method decides by values, which this model does not have."""
     base = _bytes(model.parameters()) + _bytes(model.buffers())
     try:
         adapter = None if method is None else attach(model, method)
         trained = list((model if adapter is None else adapter).parameters())
+        again = options.activation_checkpointing
         try:
-            found = step(model, adapter, shape, options, dtype)
+            whole = step(model, adapter, shape, dtype)
         except (NotImplementedError, RuntimeError, TypeError, ValueError):  # not all take a mask of the whole matrix
-            found = step(model, adapter, shape, options, dtype, masked=False)
+            shape = replace(shape, masked=False)
+            whole = step(model, adapter, shape, dtype)
+        found = step(model, adapter, shape, dtype, checkpointing=True) if again else whole
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeltatuneError(f"no memory estimate for {type(method).__name__}: {why}") from error
     own = 0 if adapter is None else _bytes(iter(adapter.state_dict().values()))
     states = 2 * _bytes(p for p in trained if p.requires_grad)  # two moments each
     parts = {n: found[n] for n in ("gradients", "activations", "loss", "backward")}
-    kept = found["activations"] if device.type == "cpu" and not options.activation_checkpointing else 0
-    return Estimate(base=base, adapter=own, optimizer=states, allocator=int(SCATTERED * kept), process=process, **parts)
+    lost = int(SCATTERED * whole["activations"]) if device.type == "cpu" else 0
+    return Estimate(base=base, adapter=own, optimizer=states, allocator=lost, process=process, **parts)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -42,7 +42,7 @@ class Data(BaseModel):
     too_long: TooLong = "truncate"
     train_on: TrainOn = "response"
     packing: bool | None = None
-    """Several rows in one, apart from one another; by default wherever the base and the method allow it."""
+    """Several rows in one, apart from one another; by default if base and method allow it and steps count tokens."""
 
 
 class Recipe(BaseModel):
@@ -54,7 +54,7 @@ class Recipe(BaseModel):
     base: str
     data: Data
     task: Task | None = None
-    """By default what the rows are for: classes, tags, or text from a decoder (causal) or an encoder-decoder (seq2seq)."""
+    """By default what rows and base are for: classes, tags, or text (seq2seq from an encoder-decoder, else causal)."""
     method: Spec | list[Spec] = "lora"
     """A name, `{name: …, option: value}`, a list of these (a union), or `full`: every weight of the base."""
     callbacks: list[Spec] = []
@@ -159,12 +159,13 @@ def _override(given: dict[str, Any], override: str) -> None:
     *path, last = (key if "." in key else _place(given, key)).split(".")
     inner: Any = given
     for name in path:
-        key_of = int(name) if isinstance(inner, list) and name.isdigit() and int(name) < len(inner) else name
+        key_of: Any = int(name) if isinstance(inner, list) and name.isdigit() and int(name) < len(inner) else name
         if isinstance(inner, list) and key_of is name:
             raise DeltatuneError(f"{override!r}: there are several; name one by its number, as {path[0]}.0.{last}")
         had = inner[key_of] if isinstance(inner, list) else inner.get(name)
         if not isinstance(had, (dict, list)):  # a short form
-            had = inner[key_of] = {} if had is None else {"train" if name == "data" else "name": had}
+            usual = {"method": {"name": "lora"}}.get(name, {})
+            had = inner[key_of] = usual if had is None else {"train" if name == "data" else "name": had}
         inner = had
     if isinstance(inner, list):
         raise DeltatuneError(f"{override!r}: there are several; name one by its number, as {path[0]}.0.{last}")
@@ -225,7 +226,8 @@ def _told(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         *path, key = map(str, problem["loc"])
         known = Data.model_fields if path == ["data"] else Recipe.model_fields
-        return f"{path[0] if path else 'a recipe'} has no key {key!r}{nearest(key, known) or '; it has ' + ', '.join(known)}"
+        hint = nearest(key, known) or f"; it has {', '.join(known)}"
+        return f"{path[0] if path else 'a recipe'} has no key {key!r}{hint}"
     if problem["type"] == "missing":
         return f"{place} is missing"
     return f"{place}: {what[0].lower() + what[1:]}, got {problem['input']!r}" if place else what

@@ -56,7 +56,7 @@ from deltatune.train.process import Processes
 from deltatune.train.recipe import Data, Recipe
 
 ADAPTER, MODEL, RECIPE = "adapter", "model", "recipe.yaml"
-LEFT = {RECIPE, "metrics.jsonl", "loss.png", "tensorboard"}  # by a run that ended before its first checkpoint
+LEFT = {RECIPE, "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"}  # by a run without a checkpoint
 LONGEST = 1024
 ON_CPU = 2048  # tokens: a larger micro-batch is no faster there
 LOOKED_AT = 500  # batches, for the largest
@@ -109,12 +109,11 @@ class Prepared:
     ) -> tuple[TrainOptions, Estimate | DeltatuneError]:
         """The options with a micro-batch that fits into memory where the recipe leaves it open, and the estimate."""
         options = self.recipe.train
-        if packing is None:
-            packing = self.may_pack()
+        packing = self.may_pack() if packing is None else packing
         world = 1 if processes is None else processes.world
         choose = options.tokens_per_batch is None and options.batch_size is None
         step = (options.tokens_per_step or TOKENS_PER_STEP) // world
-        longest = self.max_length if packing else max(map(len, self.rows))
+        longest = self.max_length if packing else max(map(len, (*self.rows, *(self.held_out or ()))))
         if choose and self.device.type == "cpu" and step > ON_CPU:
             options = options.model_copy(update={"tokens_per_batch": max(ON_CPU, longest)})
         while True:
@@ -133,10 +132,9 @@ class Prepared:
 
     def may_pack(self) -> bool:
         """Whether task and method let documents share a row; whether the base does is seen when it is loaded."""
-        if self.recipe.data.packing is False or self.task != "causal" or self.config.is_encoder_decoder:
+        if not _wanted(self.recipe.data, self.recipe.train, self.task):
             return False
-        model = self.blank()
-        return self.method is None or _pointwise(attach(model, self.method))
+        return self.method is None or _pointwise(attach(self.blank(), self.method))
 
 
 def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
@@ -158,7 +156,7 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
 
 
 def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -> Outcome:
-    """Trains as `recipe` says, into its output folder: the adapter, the recipe with every default, metrics, checkpoints.
+    """Trains as `recipe` says, into its output folder: the adapter, the recipe in full, metrics, checkpoints.
 
     report: called with the records of the loop, and with {"note": text}.
     Raises DeltatuneError for wrong input, before training; see `fit` for what can stop it later."""
@@ -191,20 +189,20 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
         output.mkdir(parents=True, exist_ok=True)
         recipe.model_copy(update={"train": options, "task": ready.task}).write(output / RECIPE)
     share = {"rank": processes.rank, "world": processes.world}
-    made = [rows and batches(rows, ready.tokenizer, options, ready.task, packing, ready.max_length, recipe.seed, **share)
-            for rows in (ready.rows, ready.held_out)]  # fmt: skip
+    how = (ready.tokenizer, options, ready.task, packing, ready.max_length, recipe.seed)
+    made = batches(ready.rows, *how, **share)
+    held_out = None if ready.held_out is None else batches(ready.held_out, *how, **share)
     memory.reset_peak(processes.device)
-    result = fit(model, adapter, made[0], eval_batches=made[1], options=options, callbacks=recipe.made_callbacks(),
-                 output=output, resume=resume, report=report)  # type: ignore[arg-type]  # fmt: skip
+    result = fit(model, adapter, made, eval_batches=held_out, options=options, callbacks=recipe.made_callbacks(),
+                 output=output, resume=resume, report=report)  # fmt: skip
     peak = memory.peak(processes.device)
     saved = output / (MODEL if adapter is None else ADAPTER)
     if processes.main:
         _save(model, adapter, saved, ready)
     known = estimate if isinstance(estimate, Estimate) else None
     if known is not None:
-        tell(
-            f"memory: {peak / 2**30:.2f} GiB at most, {known.total / 2**30:.2f} GiB estimated ({known.total / peak - 1:+.0%})"
-        )
+        gap = known.total / peak - 1
+        tell(f"memory: {peak / 2**30:.2f} GiB at most, {known.total / 2**30:.2f} GiB estimated ({gap:+.0%})")
     return Outcome(output, saved, result, ready.rows.summary, planned, packing, known, peak)
 
 
@@ -224,10 +222,9 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
         raise DeltatuneError(f"train has no option {name!r}{nearest(name, known)}")
     mine = {k: v for k, v in options.items() if k in Data.model_fields}
     told = TrainOptions(**{k: v for k, v in options.items() if k not in mine})
-    given = Recipe.of(
-        {"base": "", "data": {**mine, "train": str(data) if isinstance(data, (str, Path)) else "rows"}}, "train"
-    ).data
-    tokenizer = tokenizer or load_tokenizer(model.name_or_path)
+    name = str(data) if isinstance(data, (str, Path)) else "rows"
+    given = Recipe.of({"base": "", "data": {**mine, "train": name}}, "train").data
+    tokenizer = tokenizer or load_tokenizer(str(model.name_or_path))
     how: dict[str, Any] = {"format": given.format, "columns": given.columns}
     if isinstance(data, (str, Path)):
         source = load(data, split=given.split, **how)
@@ -235,22 +232,20 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
         source = normalise(Rows("rows", [dict(row) for row in data], [f"rows[{i}]" for i in range(len(data))]), **how)
     task = task or _task(source, model.config)
     max_length, _ = _length(given.max_length, model.config, tokenizer)
-    rows, held_out = held(
-        encode(source, tokenizer, given, task, max_length), given, tokenizer, task, max_length, told.seed
-    )
-    packing = given.packing is not False and task == "causal" and (adapter is None or _pointwise(adapter))
+    encoded = encode(source, tokenizer, given, task, max_length)
+    rows, other = held(encoded, given, tokenizer, task, max_length, told.seed)
+    packing = _wanted(given, told, task) and (adapter is None or _pointwise(adapter))
     packing = _packs(model, packing, given.packing)
     processes = Processes()
     if told.tokens_per_batch is None and told.batch_size is None and processes.device.type == "cpu":
         size = max(min(ON_CPU, told.tokens_per_step or TOKENS_PER_STEP), max_length if packing else max(map(len, rows)))
         told = told.model_copy(update={"tokens_per_batch": size})
     share = {"rank": processes.rank, "world": processes.world}
-    made = [
-        some and batches(some, tokenizer, told, task, packing, max_length, told.seed, **share)
-        for some in (rows, held_out)
-    ]
-    return fit(model, adapter, made[0], eval_batches=made[1], options=told, callbacks=callbacks, output=output,
-               resume=resume, report=report)  # type: ignore[arg-type]  # fmt: skip
+    settled = (tokenizer, told, task, packing, max_length, told.seed)
+    made = batches(rows, *settled, **share)
+    held_out = None if other is None else batches(other, *settled, **share)
+    return fit(model, adapter, made, eval_batches=held_out, options=told, callbacks=callbacks, output=output,
+               resume=resume, report=report)  # fmt: skip
 
 
 def encode(source: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data, task: Task, max_length: int,
@@ -277,9 +272,10 @@ def batches(rows: Encoded, tokenizer: PreTrainedTokenizerBase, options: TrainOpt
     step = options.tokens_per_step or TOKENS_PER_STEP
     if packing and options.batch_size is None and (options.tokens_per_batch or step) < longest:
         longest = max(options.tokens_per_batch or step, max(map(len, rows)))  # a row need not be longer than a step
+    size: dict[str, Any] = {**options.batching(longest, world)}
     return Batches(
         rows.examples, pad=tokenizer.pad_token_id or 0, task=task, packing=packing, max_length=longest,
-        group_by_length=not packing, seed=seed, rank=rank, world=world, **options.batching(longest, world),
+        group_by_length=not packing, seed=seed, rank=rank, world=world, **size,
     )  # fmt: skip
 
 
@@ -311,9 +307,8 @@ def _length(asked: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) 
         raise DeltatuneError(
             f"data.max_length: {asked} is more than the {room} tokens that the base can read; lower it"
         )
-    return asked, (
-        (f"data.max_length: {asked} is more than the {room} tokens that the base was made for",) if asked > room else ()
-    )
+    beyond = (f"data.max_length: {asked} is more than the {room} tokens that the base was made for",)
+    return asked, beyond if asked > room else ()
 
 
 def _with_head(method: Method) -> Method:
@@ -323,8 +318,14 @@ def _with_head(method: Method) -> Method:
     return Union(methods=(*method.parts(), Tune(targets=Part("head"))))
 
 
+def _wanted(data: Data, options: TrainOptions, task: Task) -> bool:
+    """Rows that are counted stay apart unless asked otherwise: a packed row is not one of the file's."""
+    usual = options.batch_size is None if data.packing is None else data.packing
+    return usual and task == "causal"
+
+
 def _pointwise(adapter: Adapter) -> bool:
-    """Whether each of its units sees one module's call on each token: none is at the attention function or a backbone."""
+    """Whether its units see one token at a time: none is at the attention function, or around a whole backbone."""
     return not any(
         place == ATTENTION or (place == CALL and any(isinstance(m, torch.nn.ModuleList) for m in module.children()))
         for _, module, _, place in adapter.sites()
@@ -365,7 +366,7 @@ def _free(output: Path, resume: bool) -> None:
         return
     if not output.is_dir():
         raise DeltatuneError(f"output: {output} is a file; name a folder")
-    if (output / "checkpoints" / "last").is_file() and not (output / ADAPTER).exists():
+    if (output / "checkpoints" / "last").is_file() and not any((output / n).exists() for n in (ADAPTER, MODEL)):
         raise DeltatuneError(
             f"output: {output} holds a run that is not finished; go on with --resume, or name another output"
         )
