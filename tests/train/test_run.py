@@ -15,7 +15,7 @@ from deltatune.data import DataError
 from deltatune.models.loading import load_base
 from deltatune.train import Recipe, run
 from deltatune.train import train as trained
-from deltatune.train.run import apart
+from deltatune.train.run import _pointwise, apart
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(12)]
 
@@ -186,3 +186,11 @@ def test_too_long_rows_go_as_the_recipe_says(recipe: dict[str, Any], tmp_path: P
     rows = [*ROWS, {"prompt": "long " * 90, "completion": "It is."}]
     data = {**recipe["data"], "train": _jsonl(tmp_path / "long.jsonl", rows), "too_long": "drop"}
     assert run(Recipe.of({**recipe, "data": data})).summary.dropped == 1
+
+
+def test_units_that_see_many_tokens_need_rows_of_their_own(recipe: dict[str, Any]) -> None:
+    found = {}
+    for method in (dt.LoRA(), dt.Houlsby(), dt.PromptTuning(), dt.PrefixTuning()):
+        model = load_base(recipe["base"], dtype="float32")
+        found[type(method).__name__] = _pointwise(dt.attach(model, method))
+    assert found == {"LoRA": True, "Houlsby": True, "PromptTuning": False, "PrefixTuning": False}

@@ -108,8 +108,7 @@ def _loss(session: Session, asked: Recipe, names: Sequence[str]) -> float:
 
 def _table(answered: Sequence[Answered]) -> Table:
     table = Table("question (not among the rows)", "before", "after", header_style="bold", show_lines=True)
-    step = max(1, len(answered) // SHOWN)
-    for row in answered[::step][:SHOWN]:
+    for row in answered[:SHOWN]:
         table.add_row(
             Text(row.question), Text(row.before, "dim"), Text(row.after, "green" if row.expects in row.after else "")
         )
