@@ -25,7 +25,7 @@ from deltatune.train.recipe import Recipe
 from deltatune.train.run import batches, prepare, run
 
 ROWS, HELD_OUT, TEMPLATE = ("quickstart.jsonl", "quickstart_eval.jsonl", "quickstart.jinja")
-SHOWN = 5  # questions
+SHOWN = 8  # questions, spread evenly over the held-out ones
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _loss(session: Session, asked: Recipe, names: Sequence[str]) -> float:
 
 def _table(answered: Sequence[Answered]) -> Table:
     table = Table("question (not among the rows)", "before", "after", header_style="bold", show_lines=True)
-    for row in answered[:SHOWN]:
+    for row in answered[:: max(1, len(answered) // SHOWN)][:SHOWN]:
         table.add_row(
             Text(row.question), Text(row.before, "dim"), Text(row.after, "green" if row.expects in row.after else "")
         )
