@@ -50,7 +50,8 @@ def _by_unit(adapter: Adapter, found: dict[str, Tensor]) -> dict[str, Tensor]:
                 fitted[f"{name}.{own}"] = layers.read(module, place).detach()
             elif own.endswith("a0") and f"{name}.{own[:-1]}" in fitted:
                 a, b = f"{name}.{own[:-1]}", f"{name}.{own[:-2]}b"
-                (fitted[a], fitted[f"{a}0"]), (fitted[b], less) = fitted[a].chunk(2), fitted[b].chunk(2, 1)
-                fitted[f"{b}0"] = -less
+                (down, less), (more, start) = fitted[a].chunk(2), fitted[b].chunk(2, 1)
+                fitted[a], fitted[f"{a}0"] = down, down - less
+                fitted[b], fitted[f"{b}0"] = start + more, start
     rest = {f"{path}.?.{own}": t for (path, own), queue in held.items() for t in queue}
     return fitted | rest
