@@ -26,5 +26,5 @@ def test_train_merge_and_reload_on_smollm2(tmp_path):
     run("merge", "default", "--adapter", adapter, "--output", merged, "--dtype", "float32")
     asked = ["--prompt", "Who makes the Lumenkettle?", "--max-new-tokens", "24", "--json"]
     answers = [json.loads(run("generate", *base, *asked)) for base in (("default", "--adapter", adapter), (merged,))]
-    texts = [next(iter(a))["answer"] if isinstance(a, list) else a["answer"] for a in answers]
+    texts = [answer["response"] for answer in answers]
     assert texts[0] == texts[1] and texts[0]
