@@ -137,19 +137,13 @@ class Adapter:
 
     def _portable_method(self) -> Method:
         """The method with targets that can be written down: those that are code become the paths that they found."""
-
-        def fix(part: Method, paths: tuple[str, ...]) -> Method:
-            try:
-                part.to_dict()
-                return part
-            except DeltatuneError:
-                return dataclasses.replace(part, targets=paths)
-
-        method = self.method
-        if len(method.parts()) > 1:
-            method.to_dict()
-            return method
-        return fix(method, tuple(dict.fromkeys(path for path, *_ in self.sites())))
+        try:
+            self.method.to_dict()
+        except DeltatuneError:
+            if len(self.method.parts()) > 1:  # whose paths are whose is not kept
+                raise
+            return dataclasses.replace(self.method, targets=tuple(dict.fromkeys(path for path, *_ in self.sites())))
+        return self.method
 
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
