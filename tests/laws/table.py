@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
+import pytest
 import torch
 
 import deltatune as dt
@@ -35,6 +38,18 @@ METHODS = {
 REFUSED = {("bitfit", "llama"), ("bitfit", "t5")}  # no bias to train
 MOVED_AT_START = {"prompt", "prefix", "prefix, mlp", "mam"}  # a prompt is never neutral
 CASES = [(m, a) for m in METHODS for a in ARCHITECTURES if (m, a) not in REFUSED]
+
+
+def quick(method, architecture):
+    """Whether the case is among those of every run: Llama, and one more, which goes round from method to method."""
+    others = [a for a in ARCHITECTURES if a != "llama" and (method, a) not in REFUSED]
+    return architecture == "llama" or architecture == others[crc32(method.encode()) % len(others)]
+
+
+def cases(among=CASES):
+    """A parameter of tests; the cases that are not quick are slow ones."""
+    slow = pytest.mark.slow
+    return [pytest.param(m, a, id=f"{m}-{a}", marks=() if quick(m, a) else (slow,)) for m, a in among]
 
 
 def model(architecture, **overrides):

@@ -4,11 +4,24 @@ import copy
 
 import pytest
 import torch
-from table import ARCHITECTURES, CASES, METHODS, MOVED_AT_START, REFUSED, batch, is_delta, logits, loss, model, perturb
+from table import (
+    ARCHITECTURES,
+    CASES,
+    METHODS,
+    MOVED_AT_START,
+    REFUSED,
+    batch,
+    cases,
+    is_delta,
+    logits,
+    loss,
+    model,
+    perturb,
+)
 
 import deltatune as dt
 
-case = pytest.mark.parametrize("method,architecture", CASES)
+case = pytest.mark.parametrize("method,architecture", cases())
 half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 
@@ -89,7 +102,7 @@ def test_activation_checkpointing_gives_the_same_gradients(method, architecture,
 COMPILED = [(m, a) for m, a in CASES if a in ("llama", "gpt2", "bert")]
 
 
-@pytest.mark.parametrize("method,architecture", COMPILED)
+@pytest.mark.parametrize("method,architecture", cases(COMPILED))
 def test_compiles_into_one_graph(method, architecture):
     torch._dynamo.reset()
     net = model(architecture)

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from table import CASES, METHODS, MOVED_AT_START, REFUSED, batch, is_delta, logits, loss, model, perturb
+from table import METHODS, MOVED_AT_START, REFUSED, batch, cases, is_delta, logits, loss, model, perturb
 
 import deltatune as dt
 from deltatune.core import Delta
 from deltatune.storage import layers
 
-case = pytest.mark.parametrize("method,architecture", CASES)
+case = pytest.mark.parametrize("method,architecture", cases())
 
 
 @pytest.mark.parametrize("method,architecture", sorted(REFUSED))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,7 +30,9 @@ class Trained(Protocol):
 class Run:
     """A training run as callbacks see it. `step` counts optimizer steps from 1; `adapter` is None when the base trains.
 
-    `share`: the part of the step that is in this micro-batch; a term added to a step's loss is multiplied by it."""
+    `share`: the part of the step that is in this micro-batch; a term added to a step's loss is multiplied by it.
+    `losses(n)`: the mean losses of up to n batches of the training data, with their graphs, for what is scored before
+    training; the run's own order of batches is untouched. None in loops that cannot say."""
 
     model: nn.Module
     adapter: Trained | None
@@ -38,6 +40,7 @@ class Run:
     step: int = 0
     share: float = 1.0
     optimizer: torch.optim.Optimizer | None = None
+    losses: Callable[[int], Iterator[Tensor]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

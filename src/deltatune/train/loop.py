@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from deltatune.core.adapter import Adapter
 from deltatune.core.callback import Callback, Groups, Run
@@ -106,7 +106,7 @@ class _Trainer:
         self.device, self.dtype = self.processes.device, options.dtype(self.processes.device)
         self.each = options.accumulation(batches)
         steps, self.total = options.count(batches)
-        self.run = Run(model, adapter, steps)
+        self.run = Run(model, adapter, steps, losses=self._losses)
         if not getattr(model, "hf_device_map", None) and any(p.device != self.device for p in model.parameters()):
             model.to(self.device)
         stack.enter_context(_prepared(model, adapter, options))
@@ -176,6 +176,13 @@ class _Trainer:
         """What a micro-batch holds, in words."""
         tokens, rows = self.batches.tokens_per_batch, self.batches.batch_size
         return f"{tokens} tokens" if tokens else f"{rows} rows of up to {self.batches.capacity} tokens"
+
+    def _losses(self, n: int) -> Iterator[Tensor]:
+        """Mean losses of the first n batches of a pass over the training data."""
+        for batch in islice(self.batches.once(), n):
+            with autocast(self.device, self.dtype):
+                found = outcome(self.model, batch.to(self.device), self.batches.task)
+            yield found.total / max(1, found.targets)
 
     def _step(self) -> Record:
         """One optimizer step."""
