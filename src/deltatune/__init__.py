@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 _CORE = (
-    "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "Union", "activate", "adapters", "attach", "detach", "load",
+    "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "Union", "activate", "adapters", "attach", "detach", "initialise", "load",
     "merge", "plan", "save", "unmerge", "using",
 )  # fmt: skip
 _PACKAGES = (

@@ -84,13 +84,13 @@ def test_activation_checkpointing_gives_the_same_gradients(method, architecture,
     net = model(architecture)
     given = batch(net)
     adapter = perturb(dt.attach(net, METHODS[method]))
-    loss(net, given).backward()
-    want = {n: p.grad.clone() for n, p in adapter.named_parameters()}
-    net.zero_grad()
     net.train()
     for module in net.modules():  # dropout would make the two runs differ
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    loss(net, given).backward()
+    want = {n: p.grad.clone() for n, p in adapter.named_parameters()}
+    net.zero_grad()
     net.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:  # the old kind needs an input that requires gradients
         net.enable_input_require_grads()

@@ -27,7 +27,7 @@ from deltatune.data import Batches, Example
 from deltatune.train import memory
 from deltatune.train.loop import fit
 from deltatune.train.options import TrainOptions
-from deltatune.train.run import largest
+from deltatune.train.batching import largest
 
 rows, length, trained, checkpointing = map(int, sys.argv[1:])
 memory.warm()

@@ -15,7 +15,7 @@ from deltatune.data import DataError
 from deltatune.models.loading import load_base
 from deltatune.train import Recipe, run
 from deltatune.train import train as trained
-from deltatune.train.run import _pointwise, apart
+from deltatune.train.batching import apart, pointwise
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(12)]
 
@@ -192,5 +192,5 @@ def test_units_that_see_many_tokens_need_rows_of_their_own(recipe: dict[str, Any
     found = {}
     for method in (dt.LoRA(), dt.Houlsby(), dt.PromptTuning(), dt.PrefixTuning()):
         model = load_base(recipe["base"], dtype="float32")
-        found[type(method).__name__] = _pointwise(dt.attach(model, method))
+        found[type(method).__name__] = pointwise(dt.attach(model, method))
     assert found == {"LoRA": True, "Houlsby": True, "PromptTuning": False, "PrefixTuning": False}

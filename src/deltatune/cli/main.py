@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the user's input is wrong, 2 usage, 3 interrupted and resu
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "train": "Train an adapter as a recipe says.",
     "data": "Check a data file, or show what the model is trained on.",
     "plan": "Show what a recipe would train, and the memory it needs.",
+    "compare": "Train several methods under one budget, and print one table.",
     "methods": "List every method, or explain one.",
     "chat": "Talk to a base model and its adapters.",
     "generate": "Answer prompts, many at once.",
@@ -27,6 +29,8 @@ COMMANDS = {
     "export": "Write an adapter for other programs: a Hugging Face folder, or GGUF for llama.cpp.",
 }
 WRONG, INTERRUPTED = 1, 3
+for _name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which tells what it does without
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 class Commands(TyperGroup):

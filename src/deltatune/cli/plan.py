@@ -14,6 +14,7 @@ from rich.text import Text
 
 from deltatune.cli.train import File, Json, Overrides
 from deltatune.core import Plan
+from deltatune.models.quantise import KINDS
 from deltatune.train import memory
 from deltatune.train.memory import Estimate
 from deltatune.train.recipe import Recipe
@@ -32,7 +33,8 @@ def command(recipe: File, overrides: Overrides = None, as_json: Json = False) ->
         typer.echo(json.dumps({
             "base": ready.base, "task": ready.task, "method": None if ready.method is None else ready.method.to_dict(),
             "rows": vars(ready.rows.summary), "packing": packing, "max_length": ready.max_length,
-            "precision": str(ready.dtype).removeprefix("torch."), "tokens_per_batch": options.tokens_per_batch,
+            "precision": str(ready.dtype).removeprefix("torch."), "quantize": ready.recipe.quantize,
+            "tokens_per_batch": options.tokens_per_batch,
             "sites": [] if plan is None else [vars(site) for site in plan.sites],
             "trained": None if plan is None else plan.trained, "total": None if plan is None else plan.total,
             "memory": known and known.to_dict(), "problem": None if known else str(estimate),
@@ -43,6 +45,8 @@ def command(recipe: File, overrides: Overrides = None, as_json: Json = False) ->
     for note in ready.notes:
         console.print(Text(note, "yellow"))
     how = f"{'packed' if packing else 'padded'} to {ready.max_length} tokens, {str(ready.dtype)[6:]} on {ready.device}"
+    if ready.recipe.quantize is not None:
+        console.print(Text(f"base in {ready.recipe.quantize}: {KINDS[ready.recipe.quantize].what}"))
     size = f", micro-batches of {options.tokens_per_batch:,} tokens" if options.tokens_per_batch else ""
     console.print(Text(f"task {ready.task}, rows {how}{size}"))
     if plan is None:

@@ -19,10 +19,11 @@ from deltatune.cli.session import Sampling, Session, open_session, read_prompts
 from deltatune.cli.train import Json, following, told
 from deltatune.core import using
 from deltatune.models.default import default_base
+from deltatune.train.batching import batches
 from deltatune.train.loss import evaluate
 from deltatune.train.metrics import progress_bar
 from deltatune.train.recipe import Recipe
-from deltatune.train.run import batches, prepare, run
+from deltatune.train.run import prepare, run
 
 ROWS, HELD_OUT, TEMPLATE = ("quickstart.jsonl", "quickstart_eval.jsonl", "quickstart.jinja")
 SHOWN = 8  # questions, spread evenly over the held-out ones
@@ -101,7 +102,7 @@ def _loss(session: Session, asked: Recipe, names: Sequence[str]) -> float:
     """The mean over the trained tokens of the held-out rows."""
     ready = prepare(asked)
     assert ready.held_out is not None
-    some = batches(ready.held_out, session.tokenizer, asked.train, "causal", False, ready.max_length, 0)
+    some = batches(ready.held_out, session.tokenizer, asked.train, "causal", "none", ready.max_length, 0)
     with using(session.model, *names):
         return evaluate(session.model, some, ready.dtype)["eval_loss"]
 

@@ -19,7 +19,7 @@ from deltatune.data import Template, read, resolve
 from deltatune.data.readers import Problems
 from deltatune.models.loading import load_base, load_tokenizer
 from deltatune.routers.per_row import PerRow
-from deltatune.train.merged import stop_tokens
+from deltatune.train.merged import quantised, stop_tokens
 
 Message = dict[str, Any]
 Base = Annotated[str | None, typer.Argument(help="A folder, a hub name or 'default'; else the adapter's own.")]
@@ -89,11 +89,12 @@ def open_session(base: str | None, adapters: Sequence[str] | None, *, template: 
     folders = list(pairs.values())
     base = base or base_of(folders)
     tokenizer = load_tokenizer(base, folders)
-    model = load_base(base, dtype=dtype)
+    model = load_base(base, dtype=dtype, quantize=quantised(folders))
     if (room := len(model.get_input_embeddings().weight)) < len(tokenizer):  # type: ignore[arg-type]
         sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {room}"
         raise DeltatuneError(f"base: {base}: {sizes}; they do not belong together")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    if not getattr(model, "is_quantized", False):  # which is where it was loaded
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     for name, folder in pairs.items():
         load(model, folder, name)
     return Session(model, tokenizer, resolve(template, tokenizer), list(pairs))

@@ -4,15 +4,17 @@ from deltatune.core.adapter import Adapter, save
 from deltatune.core.callback import Callback, Events, Groups, Run
 from deltatune.core.checkpoint import load
 from deltatune.core.config import Config
+from deltatune.core.constant import Constant, Staged
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.method import Init, Method, Shape, Site, Union, matching
 from deltatune.core.select import Fused, Layers, Part, Select, resolve
+from deltatune.core.start import Awaiting, DataInit, Waiting, initialise
 from deltatune.core.surgery import Plan, activate, adapters, attach, detach, merge, plan, unmerge, using
 from deltatune.core.units import Base, Delta, Intervention, Router
 
 __all__ = [
-    "Adapter", "Base", "Callback", "Config", "Delta", "DeltatuneError", "Events", "Fused", "Groups", "Init",
-    "Intervention", "Layers", "Method", "Part", "Plan", "Router", "Run", "Select", "Shape", "Site", "Union",
-    "activate", "adapters", "attach", "detach", "load", "matching", "merge", "nearest", "plan", "resolve", "save",
-    "unmerge", "using",
+    "Adapter", "Awaiting", "Base", "Callback", "Config", "Constant", "DataInit", "Delta", "DeltatuneError", "Events",
+    "Fused", "Groups", "Init", "Intervention", "Layers", "Method", "Part", "Plan", "Router", "Run", "Select", "Shape",
+    "Site", "Staged", "Union", "Waiting", "activate", "adapters", "attach", "detach", "initialise", "load", "matching",
+    "merge", "nearest", "plan", "resolve", "save", "unmerge", "using",
 ]  # fmt: skip

@@ -104,9 +104,13 @@ class Adapter:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Fill the adapter; raises before touching it when a name is missing, unknown, or of another shape."""
-        own = self.state_dict()
+        growing = [(f"{path}.{name}".rstrip("."), module) for path, unit in self.units()
+                   for name, module in unit.named_modules() if isinstance(module, Intervention) and module.grows
+                   ]  # fmt: skip
+        free = {f"{path}.{n}" for path, module in growing for n in module.grows}
+        own = {k: t for k, t in self.state_dict().items() if k not in free}
         wrong = [f"{k!r} is missing" for k in own if k not in state]
-        wrong += [f"{k!r} is unknown{nearest(k, own, 1)}" for k in state if k not in own]
+        wrong += [f"{k!r} is unknown{nearest(k, own, 1)}" for k in state if k not in own and k not in free]
         wrong += [
             f"{k!r} has shape {tuple(state[k].shape)}, not {tuple(t.shape)}"
             for k, t in own.items()
@@ -115,6 +119,9 @@ class Adapter:
         if wrong:
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise DeltatuneError(f"adapter {self.name!r} does not fit the tensors: {'; '.join(wrong[:4])}{more}")
+        for path, module in growing:
+            module.expect({n: state[k].shape for n in module.grows if (k := f"{path}.{n}") in state})
+        own = self.state_dict()
         with torch.no_grad():
             for k, v in state.items():
                 own[k].copy_(v)
@@ -124,7 +131,8 @@ class Adapter:
         load_plugins()
         method = self._portable_method()
         own = {"format": FORMAT, "name": self.name, "method": method.to_dict()}
-        encoded = next((w for e in _ENCODERS if (w := e(self)) is not None), None)
+        rewritten = any(self.name in slot.rewritten for *_, slot in slots(self.model))  # no other format says with what
+        encoded = None if rewritten else next((w for e in _ENCODERS if (w := e(self)) is not None), None)
         config, tensors = encoded or ({}, self.state_dict())
         own["tensors"] = "peft" if encoded else "deltatune"
         out = Path(folder)

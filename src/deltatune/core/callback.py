@@ -20,6 +20,7 @@ class Trained(Protocol):
 
     name: str
 
+    def sites(self) -> Iterator[tuple[str, nn.Module, Intervention, str]]: ...
     def units(self) -> Iterator[tuple[str, Intervention]]: ...
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -32,7 +33,9 @@ class Run:
 
     `share`: the part of the step that is in this micro-batch; a term added to a step's loss is multiplied by it.
     `losses(n)`: the mean losses of up to n batches of the training data, with their graphs, for what is scored before
-    training; the run's own order of batches is untouched. None in loops that cannot say."""
+    training; the run's own order of batches is untouched. None in loops that cannot say.
+    `examples()`: for each training example, a function that gives its own mean loss, in one order in all processes.
+    `keep_from`: the first step whose weights may be kept as the best; a callback raises it."""
 
     model: nn.Module
     adapter: Trained | None
@@ -41,6 +44,8 @@ class Run:
     share: float = 1.0
     optimizer: torch.optim.Optimizer | None = None
     losses: Callable[[int], Iterator[Tensor]] | None = None
+    examples: Callable[[], Iterator[Callable[[], Tensor]]] | None = None
+    keep_from: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,28 @@ from deltatune.core.plugins import load_plugins
 from deltatune.core.surgery import attach, detach
 
 Decoder = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Tensor]], tuple[Method, dict[str, Tensor]]]
+Reads = Callable[[Mapping[str, Any]], bool]
 
-_DECODERS: list[Decoder] = []
+_DECODERS: list[tuple[Reads, Decoder]] = []
 
 
-def register_decoder(decode: Decoder) -> None:
+def register_decoder(decode: Decoder, reads: Reads | None = None) -> None:
     """Name the function that reads a foreign format: (model, configuration, tensors) -> (method, tensors by our names).
 
-    Tensors come back under the names of `Adapter.state_dict`.
+    Tensors come back under the names of `Adapter.state_dict`. `reads`: whether a configuration is of that format; None
+    for whatever no other function reads.
     """
-    _DECODERS[:] = [decode]
+    if reads is None:
+        _DECODERS.append((lambda config: True, decode))
+    else:
+        _DECODERS.insert(0, (reads, decode))
+
+
+def decoded(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[Method, dict[str, Tensor]]:
+    """The method and the tensors, by our names, of a configuration and tensors in a registered format."""
+    return next(decode for reads, decode in _DECODERS if reads(config))(model, config, tensors)
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -53,21 +65,27 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, dtype
 
     Raises DeltatuneError, and leaves the model as it was, when files are missing or tensors do not fit the model.
     """
-    load_plugins()
     config, tensors = read_folder(folder)
+    return restore(model, config, tensors, folder, name, dtype=dtype)
+
+
+def restore(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | Path,
+            name: str | None = None, *, dtype: torch.dtype | None = None) -> Adapter:  # fmt: skip
+    """Attach what a configuration and tensors, read from `source`, describe: ours, or a registered format's."""
+    load_plugins()
     own = config.get("deltatune", {})
     if own.get("format", FORMAT) > FORMAT:
         raise DeltatuneError(
-            f"{folder}: format {own['format']} is newer than this library reads ({FORMAT}); upgrade it"
+            f"{source}: format {own['format']} is newer than this library reads ({FORMAT}); upgrade it"
         )
     if own.get("tensors") == "deltatune":
         method = Method.from_dict(own["method"])
     else:
-        method, tensors = _DECODERS[0](model, config, tensors)
+        method, tensors = decoded(model, config, tensors)
     adapter = attach(model, method, name or own.get("name") or "default", dtype=dtype)
     try:
         adapter.load_state_dict(tensors)
     except DeltatuneError as e:
         detach(model, adapter.name)
-        raise DeltatuneError(f"{folder}: saved for another base? {e}") from e
+        raise DeltatuneError(f"{source}: saved for another base? {e}") from e
     return adapter

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from functools import cache
+import sys
 
 PLUGINS = ("deltatune.models", "deltatune.interop")  # architectures and layer types; foreign file formats
+QUANTISED = {"bitsandbytes": "deltatune.storage.bitsandbytes", "torchao": "deltatune.storage.torchao"}
 
 
-@cache
 def load_plugins() -> None:
-    for name in PLUGINS:
+    """All plugins; of the quantised storages those whose library is imported, as it is if a model has its layers."""
+    for name in (*PLUGINS, *(storage for library, storage in QUANTISED.items() if library in sys.modules)):
         importlib.import_module(name)

@@ -81,6 +81,7 @@ class Slot(nn.Module):
         self.units = nn.ModuleDict()
         self.places: dict[str, list[str]] = {}
         self.merged: dict[str, list[Any]] = {}
+        self.rewritten: dict[str, list[Any]] = {}  # quantised weights that an adapter's init replaced
 
     def at(self, name: str, attention: bool = False) -> list[tuple[Intervention, str]]:
         """The units of `name` around the call, or around the attention function; merged ones are in the base."""
@@ -90,6 +91,14 @@ class Slot(nn.Module):
         """(unit, place) of adapter `name` here."""
         units = self.units[name] if name in self.places else ()
         return list(zip(units, self.places.get(name, ()), strict=True))  # type: ignore[arg-type]
+
+    def _only(self, name: str, attention: bool) -> tuple[Any, str] | None:
+        """The unit of `name` here and the parameter it is about, if it has just one: the path of nearly every call."""
+        places = self.places.get(name, ())
+        if attention or len(places) != 1 or places[0] == ATTENTION or name in self.merged:
+            return None
+        units: Any = self.units._modules[name]
+        return units._modules["0"], places[0] if places[0] != CALL else "weight"
 
     def bind(self, base: Base, *names: str, attention: bool = False) -> Base:
         """`base` under adapters, the first innermost; deltas act on the weight, so they are inside interventions."""
@@ -101,6 +110,8 @@ class Slot(nn.Module):
     def run(self, module: nn.Module, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any],
             attention: bool = False) -> Any:  # fmt: skip
         active = self.switch.active()
+        if active.router is None and len(active.names) == 1 and (unit := self._only(active.names[0], attention)):
+            return unit[0](Base(module, call, unit[1]), *args, **kwargs)
         bind = partial(self.bind, Base(module, call), attention=attention)
         if active.router is None:
             return bind(*active.names)(*args, **kwargs)

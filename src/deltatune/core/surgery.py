@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from torch import nn
 
 from deltatune.core.adapter import Adapter
 from deltatune.core.errors import DeltatuneError, nearest
-from deltatune.core.method import Method, Site
+from deltatune.core.method import Method, Site, rewrite
 from deltatune.core.select import Match, resolve, walk
 from deltatune.core.slot import Active, Record, Slot, Switch, graft, set_switch, slots, switch_of, ungraft
 from deltatune.core.units import CALL, Delta, Intervention, Router, Sliced
@@ -88,7 +90,7 @@ def _sites(model: nn.Module, part: Method, dtype: torch.dtype | None, device: st
             raise DeltatuneError(_container(part, container))
         raise DeltatuneError(
             f"{type(part).__name__}: none of the modules that {part.targets or part.usual!r} selects "
-            f"has a {' or '.join(part.at)}"
+            f"has a {' or '.join(part.at)}{part.otherwise}"
         )
     return found
 
@@ -106,7 +108,8 @@ def _float(module: nn.Module, at: str) -> torch.Tensor:
     own = getattr(module, at, None) if at != CALL else None
     if isinstance(own, torch.Tensor) and own.is_floating_point():
         return own
-    return next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    held = list(module.parameters())  # quantised weights are of whole numbers
+    return next((p for p in held if p.is_floating_point()), torch.empty(0, device=held[0].device if held else None))
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -136,15 +139,21 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
         raise DeltatuneError(f"{name!r} cannot name an adapter; use letters, digits and dashes")
     if name in switch.records:
         raise DeltatuneError(f"adapter {name!r} is already attached; detach it first, or choose another name")
-    shared, built = nn.ModuleDict(), []
-    for i, part in enumerate(method.parts()):
-        sites = _sites(model, part, dtype)
-        if (common := part.shared(sites)) is not None:
-            shared[str(i)] = common
-        built += [(site, _unit(part, site, common)) for site in sites]
-    for place in dict.fromkeys(site.at for site, _ in built if site.at in _POINTS and site.at not in switch.points):
-        _POINTS[place].install(model)  # first, because it may refuse the model
-        switch.points += (place,)
+    shared, built, every = nn.ModuleDict(), [], []
+    try:
+        for i, part in enumerate(method.parts()):
+            sites = _sites(model, part, dtype)
+            every += sites
+            if (common := part.shared(sites)) is not None:
+                shared[str(i)] = common
+            built += [(site, _unit(part, site, common)) for site in sites]
+        for place in dict.fromkeys(site.at for site, _ in built if site.at in _POINTS and site.at not in switch.points):
+            _POINTS[place].install(model)  # first, because it may refuse the model
+            switch.points += (place,)
+    except Exception:
+        for site in every:
+            _put_back(site.module, site.replaced)
+        raise
     if known is None:
         switch.thawed = tuple(_freeze(model))
     set_switch(model, switch)
@@ -154,6 +163,8 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
             slot.units[name], slot.places[name] = nn.ModuleList(), []
         slot.units[name].append(unit)  # type: ignore[operator]
         slot.places[name].append(site.at)
+        if site.replaced:
+            slot.rewritten[name] = site.replaced
         unit.train(site.module.training)
     switch.records[name] = Record(method, shared, built[0][0].dtype)
     switch.current = Active((name,))
@@ -162,6 +173,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
 
 def _freeze(model: nn.Module) -> Iterator[str]:
     for path, module in walk(model):
+        layers.settle(module)
         for n, p in module._parameters.items():
             if p is not None and p.requires_grad:
                 p.requires_grad_(False)
@@ -182,8 +194,9 @@ def plan(model: nn.Module, method: Method, *, dtype: torch.dtype | None = None) 
             w = getattr(site.module, "weight", None)
             out, in_ = (site.shape.out, site.shape.in_) if isinstance(w, torch.Tensor) else (None, None)
             rows.append(PlannedSite(site.path, site.at, type(site.module).__name__, out, in_, n))
-    total = sum(p.numel() for p in {p for _, m in walk(model) for p in m._parameters.values() if p is not None})
-    return Plan(tuple(rows), sum(r.parameters for r in rows) + shared_size, total)
+    held = ((m, n, p) for _, m in walk(model) for n, p in m._parameters.items() if p is not None)
+    sizes = {id(p): layers.shape(m, n).numel() for m, n, p in held}  # of weights, not of their codes
+    return Plan(tuple(rows), sum(r.parameters for r in rows) + shared_size, sum(sizes.values()))
 
 
 def _known(model: nn.Module, names: Sequence[str]) -> Switch:
@@ -229,13 +242,14 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
+def merge(model: nn.Module, *names: str, keep: bool = True) -> float:
     """Write W' of `names` (default: the active adapters) into the base weights, in fp32 or wider, then rounded.
 
     keep: remember the old weights, for `unmerge`; otherwise the adapter is detached and the base is changed for good.
+    Returns what is lost where weights are quantised, and warns of it: |stored W' - W'| / |W' - W|, 0 without such.
     Raises, with nothing written, when an adapter acts on activations or would write a non-finite weight.
     """
-    switch = _known(model, names)
+    switch, lost = _known(model, names), _Lost()
     for name in names or switch.active().names:
         if name in switch.merged:
             continue
@@ -250,9 +264,9 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
                 slot.merged[name] = []
                 written.append((module, slot))
                 for unit, at in slot.pairs(name):
-                    slot.merged[name].append(_write(path, module, at, unit.weight, tied))
+                    slot.merged[name].append(_write(path, module, at, unit.weight, tied, lost))
                     if unit.moves_bias and at == "weight" and getattr(module, "bias", None) is not None:
-                        slot.merged[name].append(_write(path, module, "bias", unit.bias, tied))
+                        slot.merged[name].append(_write(path, module, "bias", unit.bias, tied, lost))
         except Exception:
             _restore(written, name)
             raise
@@ -261,7 +275,32 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> None:
         else:
             for _, _, slot in mine:
                 del slot.merged[name]
+                slot.rewritten.pop(name, None)
             detach(model, name)
+    if lost.sites:
+        warnings.warn(
+            f"merged into {lost.sites} quantised weights: rounding them again lost {lost.share:.1%} of the change; "
+            "`deltatune merge` writes the model without quantisation and loses nothing", stacklevel=3
+        )  # fmt: skip
+    return lost.share
+
+
+@dataclass
+class _Lost:
+    """How far quantised weights, read back, are from what was written: the sums of squares behind the share."""
+
+    sites: int = 0
+    gap: float = 0.0
+    change: float = 0.0
+
+    @property
+    def share(self) -> float:
+        return math.sqrt(self.gap / self.change) if self.change else 0.0
+
+    def add(self, old: torch.Tensor, new: torch.Tensor, stored: torch.Tensor) -> None:
+        self.sites += 1
+        self.gap += float((stored.to(new.dtype) - new).square().sum())
+        self.change += float((new - old.to(new.dtype)).square().sum())
 
 
 def _tied(model: nn.Module) -> set[int]:
@@ -270,14 +309,19 @@ def _tied(model: nn.Module) -> set[int]:
     return {i for i, n in Counter(held).items() if n > 1}
 
 
-def _write(path: str, module: nn.Module, at: str, change: Change, tied: set[int]) -> tuple[str, torch.Tensor]:
-    """Merge one change of a parameter. Returns what must come back: the old parameter itself if others share it, else
-    a copy of its values."""
+def _write(path: str, module: nn.Module, at: str, change: Change, tied: set[int], lost: _Lost
+           ) -> tuple[str, torch.Tensor]:  # fmt: skip
+    """Merge one change of a parameter. Returns what must come back: the old parameter itself if others share it, or if
+    it is quantised, else a copy of its values."""
     w = layers.read(module, at)
     new = change(w.to(_at_least_fp32(w.dtype)))
     if not bool(torch.isfinite(new).all()):
         raise DeltatuneError(f"{path}.{at}: merging would write non-finite weights; the base is unchanged")
     own = module._parameters.get(at)
+    if layers.is_quantised(module) and at == "weight":
+        old = rewrite(path, module, new)
+        lost.add(w, new, layers.read(module, at))
+        return at, old
     kept = w.detach().clone()
     if own is not None and id(own) in tied:
         module._parameters[at] = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
@@ -288,11 +332,15 @@ def _write(path: str, module: nn.Module, at: str, change: Change, tied: set[int]
 
 def _restore(written: Sequence[tuple[nn.Module, Slot]], name: str) -> None:
     for module, slot in written:
-        for at, kept in reversed(slot.merged.pop(name, [])):
-            if isinstance(kept, nn.Parameter):
-                module._parameters[at] = kept
-            else:
-                layers.write(module, at, kept)
+        _put_back(module, slot.merged.pop(name, []))
+
+
+def _put_back(module: nn.Module, replaced: Sequence[tuple[str, torch.Tensor]]) -> None:
+    for at, kept in reversed(replaced):
+        if isinstance(kept, nn.Parameter):
+            module._parameters[at] = kept
+        else:
+            layers.write(module, at, kept)
 
 
 @torch.no_grad()
@@ -314,7 +362,10 @@ def detach(model: nn.Module, *names: str) -> None:
     for name in names or tuple(switch.records):
         if name in switch.merged:
             unmerge(model, name)
+        if over := next((n for *_, slot in slots(model) if name in slot.rewritten for n in slot.merged), None):
+            raise DeltatuneError(f"adapter {over!r} was merged over {name!r}; unmerge it first")
         for _, module, slot in list(slots(model)):
+            _put_back(module, slot.rewritten.pop(name, []))
             if name in slot.places:
                 del slot.units[name], slot.places[name]
             if not slot.places:

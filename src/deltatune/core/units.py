@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
@@ -25,9 +27,13 @@ class Intervention(nn.Module):
     """Code around a module's call. `call(*args, **kwargs)` runs whatever is inside."""
 
     roles: ClassVar[Mapping[str, str]] = {}  # parameter name -> role ("down", "up", "scale", "gate", ...)
+    grows: ClassVar[tuple[str, ...]] = ()  # tensors that training may add, remove and resize
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+    def expect(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Make room for the tensors of `grows` with these names and shapes, and drop those not among them."""
 
     @classmethod
     def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,6 +139,22 @@ class Base:
     def low_rank(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         """What adding `up @ down` to the weight adds to the output, without forming it; None if it must be formed."""
         return layers.layer_of(self.module).kind.low_rank(self.module, x, up, down) if self.at == "weight" else None
+
+    def plus(self, x: Tensor, up: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor | None:
+        """The module under W + up @ down, the product unformed; None if it must be formed.
+
+        dropout: the probability with which an element of x is hidden from `down`, 0 outside of training."""
+        if self.at != "weight":
+            return None
+        if type(self) is Base and not self.held:
+            kind = layers.layer_of(self.module).kind
+            if (y := kind.fused(self.module, x, up, down, dropout)) is not None:
+                return y
+        h = F.dropout(x.to(down.dtype), dropout) if x.is_floating_point() else x
+        if (update := self.low_rank(h, up, down)) is None:
+            return None
+        y = self(x)
+        return y + update.to(y.dtype)
 
 
 class Stacked(Base):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from deltatune.core.errors import DeltatuneError
 from deltatune.data.encode import Example, Task
-from deltatune.data.packing import Batch, pack, packed, padded
+from deltatune.data.packing import Batch, blocked, pack, packed, padded
 
 T = TypeVar("T")
 _GROUP = 1024  # examples sorted by length at a time
@@ -20,8 +20,9 @@ class Batches:
     """An endless iterator of batches, epoch after epoch, each in its own order.
 
     Give one of ``tokens_per_batch`` (tokens in the tensor, padding included) and ``batch_size`` (rows). With
-    ``packing`` a row holds up to ``max_length`` tokens of several documents. ``rank`` of ``world`` processes takes
-    every ``world``-th batch; all of them make equally many, so an epoch leaves out the few that do not divide."""
+    ``packing`` a row holds up to ``max_length`` tokens of several documents; ``blocked``, a batch is one such row of
+    ``tokens_per_batch``, for a model that understands its layout (`models.blocks`). ``rank`` of ``world`` processes
+    takes every ``world``-th batch; all of them make equally many, so an epoch leaves out the few that do not divide."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Batches:
         tokens_per_batch: int | None = None,
         batch_size: int | None = None,
         packing: bool = False,
+        blocked: bool = False,
         max_length: int | None = None,
         group_by_length: bool = False,
         side: str = "right",
@@ -43,11 +45,15 @@ class Batches:
             raise DeltatuneError("give exactly one of tokens_per_batch and batch_size")
         if packing and task != "causal":
             raise DeltatuneError(f"packing: only causal examples can share a row, not those of task {task!r}")
+        if blocked and not (packing and tokens_per_batch):
+            raise DeltatuneError("blocked: needs packing and tokens_per_batch, the size of its one row")
         if not examples:
             raise DeltatuneError("there are no examples to make batches of")
         self.lengths = [len(example) for example in examples]
         longest = max(self.lengths)
         self.capacity = min(max_length or longest, tokens_per_batch or max_length or longest)
+        if blocked and tokens_per_batch:
+            self.capacity = tokens_per_batch
         place, most = ("a row", self.capacity) if packing else ("a batch", tokens_per_batch or longest)
         if longest > most:
             raise DeltatuneError(
@@ -55,6 +61,7 @@ class Batches:
                 "raise tokens_per_batch, or cut rows by max_length"
             )
         self.examples, self.pad, self.task, self.packing, self.side = examples, pad, task, packing, side
+        self.blocked = blocked
         self.tokens_per_batch, self.batch_size, self.group_by_length = tokens_per_batch, batch_size, group_by_length
         self.seed, self.rank, self.world = seed, rank, world
         self.epoch = self.step = 0
@@ -83,6 +90,10 @@ class Batches:
         """One pass over every example, for evaluation; the cursor stays where it is."""
         return map(self._collate, self._make(0, whole=True)[self.rank :: self.world])
 
+    def alone(self, index: int) -> Batch:
+        """One example in a batch of its own."""
+        return padded([self.examples[index]], self.pad, self.task, self.side)
+
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "step": self.step, "data": self._fingerprint}
 
@@ -99,8 +110,8 @@ class Batches:
 
     @cached_property
     def _fingerprint(self) -> str:
-        settings = (self.seed, self.world, self.packing, self.capacity, self.tokens_per_batch, self.batch_size,
-                    self.group_by_length, self.side, self.task, self.pad)  # fmt: skip
+        settings = (self.seed, self.world, self.packing, self.blocked, self.capacity, self.tokens_per_batch,
+                    self.batch_size, self.group_by_length, self.side, self.task, self.pad)  # fmt: skip
         digest = hashlib.sha256(repr(settings).encode())
         for example in self.examples:
             digest.update(repr((example.input_ids, example.labels)).encode())
@@ -145,6 +156,8 @@ class Batches:
         yield batch
 
     def _collate(self, rows: list[list[int]]) -> Batch:
+        if self.blocked:
+            return blocked([self.examples[i] for row in rows for i in row])
         if self.packing:
             return packed([[self.examples[i] for i in row] for row in rows], self.pad)
         return padded([self.examples[i] for row in rows for i in row], self.pad, self.task, self.side)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from random import Random
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from deltatune.core.errors import DeltatuneError
 from deltatune.data.encode import IGNORED, Example, Task
+from deltatune.kernels.attention import Blocks
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Batch:
     """``model(**inputs)`` gives the logits for ``labels`` [b, T] (not shifted; [b] for classification).
 
     ``segments`` [b, T] numbers the documents of each row from 0, -1 on padding; ``origins[i]`` says where the
-    documents of row ``i`` came from; ``tokens`` and ``trained_tokens`` count without padding."""
+    documents of row ``i`` came from; ``tokens`` and ``trained_tokens`` count without padding. ``blocks`` is the layout
+    of a row that needs a model which understands it."""
 
     inputs: dict[str, Any]
     labels: Tensor
@@ -28,6 +31,7 @@ class Batch:
     origins: list[list[str]]
     tokens: int
     trained_tokens: int
+    blocks: Blocks | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
@@ -80,6 +84,32 @@ def packed(rows: Sequence[Sequence[Example]], pad: int) -> Batch:
         positions[i, end:] = torch.arange(length - end)
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     return _batch(inputs, labels, segments, [[example.origin for example in row] for row in rows])
+
+
+def blocked(examples: Sequence[Example]) -> Batch:
+    """One row [1, T] without padding: what all documents begin with, once, then the rest of each, and its layout.
+
+    Every token before a trained one is a document's own. ``tokens`` counts those of the documents, shared ones in each;
+    what they share is of segment 0, as the first document's."""
+    shared = _shared(examples)
+    ends = [example.input_ids[shared:] for example in examples]
+    layout = Blocks(shared, tuple(map(len, ends)))
+    ids = torch.tensor([[*examples[0].input_ids[:shared], *chain.from_iterable(ends)]])
+    labels = torch.tensor([[IGNORED] * shared + [t for e in examples for t in (IGNORED, *e.labels[shared + 1 :])]])
+    positions = torch.tensor([[*range(shared), *(shared + i for end in ends for i in range(len(end)))]])
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    made = _batch(inputs, labels, (layout.documents - 1).clamp(min=0)[None], [[e.origin for e in examples]])
+    return replace(made, tokens=sum(map(len, examples)), blocks=layout)
+
+
+def _shared(examples: Sequence[Example]) -> int:
+    """How many tokens all begin with; the first token after them predicts, but nothing before it is predicted."""
+    if len(examples) < 2:
+        return 0
+    untrained = (next((i for i, t in enumerate(e.labels) if i and t != IGNORED), len(e.labels)) for e in examples)
+    most = max(0, min(untrained) - 1)
+    columns = zip(*(example.input_ids[:most] for example in examples), strict=True)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), most)
 
 
 def padded(examples: Sequence[Example], pad: int, task: Task = "causal", side: str = "right") -> Batch:

@@ -3,7 +3,8 @@
     W = U S V',    B = U_r (S_r / s)^1/2,   A = (S_r / s)^1/2 V_r'                         (eq. 2-3)
 
 so that s B A is the best rank-r approximation of W. The residual W - s B A is kept as a difference and not written
-into the base, which stays what other adapters were trained on.
+into the base, which stays what other adapters were trained on. On a quantised base W is the dequantised weight; an
+adapter that lowers the error of quantisation is `QPiSSA`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,20 @@ class PiSSA(Init):
     @torch.no_grad()
     def __call__(self, delta: Any, w: Tensor) -> None:
         """w: (out, in). Raises DeltatuneError when it has fewer than r singular values, or s is not positive."""
-        r, full = len(delta.a), min(w.shape)
-        if r > full or delta.s <= 0:
-            raise DeltatuneError(f"PiSSA: r={r}, s={delta.s}, weight {tuple(w.shape)}: give r <= {full} and alpha > 0")
-        w = w.to(torch.promote_types(w.dtype, torch.float32))
-        if self.niter is None:
-            u, sigma, vt = torch.linalg.svd(w, full_matrices=False)
-        else:
-            u, sigma, v = torch.svd_lowrank(w, q=min(r + _MORE, full), niter=self.niter)
-            vt = v.T
-        root = (sigma[:r] / delta.s).sqrt()
-        delta.start_from(u[:, :r] * root, root[:, None] * vt[:r])
+        delta.start_from(*leading(self, delta, w, self.niter))
+
+
+def leading(init: Init, delta: Any, w: Tensor, niter: int | None) -> tuple[Tensor, Tensor]:
+    """(B, A), so that s B A is the best rank-r approximation of w (out, in), for `init` of `delta`."""
+    r, full = len(delta.a), min(w.shape)
+    if r > full or delta.s <= 0:
+        name = type(init).__name__
+        raise DeltatuneError(f"{name}: r={r}, s={delta.s}, weight {tuple(w.shape)}: give r <= {full} and alpha > 0")
+    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    if niter is None:
+        u, sigma, vt = torch.linalg.svd(w, full_matrices=False)
+    else:
+        u, sigma, v = torch.svd_lowrank(w, q=min(r + _MORE, full), niter=niter)
+        vt = v.T
+    root = (sigma[:r] / delta.s).sqrt()
+    return u[:, :r] * root, root[:, None] * vt[:r]

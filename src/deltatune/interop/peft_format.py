@@ -5,6 +5,7 @@ An adapter is written in this layout when it can be expressed there exactly, so 
     LoRA, rsLoRA, DoRA      rows of fused projections become whole modules of higher rank, and so do initialisations
                             that take a constant product off the base (PiSSA, OLoRA)
     IA3, AdaLoRA            and prompt and prefix tuning
+    OFT, COFT, OFTv2, BOFT  on linear layers, rotations alone where PEFT has no learned magnitude
     Union(…, Tune(…))       `modules_to_save`; trained biases become LoRA's `bias="all"`
 
 Other adapters keep the library's own layout.
@@ -37,13 +38,25 @@ from deltatune.interop.peft_format_common import (
 )
 from deltatune.interop.peft_format_ia3 import decode_ia3, encode_ia3
 from deltatune.interop.peft_format_lora import DEFAULTS, decode_lora, encode_lora
+from deltatune.interop.peft_format_oft import (
+    BOFT_DEFAULTS,
+    OFT_DEFAULTS,
+    decode_boft,
+    decode_oft,
+    encode_boft,
+    encode_oft,
+)
 from deltatune.interop.peft_format_prompt import decode_prefix, decode_prompt, encode_prefix, encode_prompt
 from deltatune.interop.peft_format_saved import copies_of, decode_saved, encode_saved
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.bitfit import BitFit
+from deltatune.methods.boft import BOFT
+from deltatune.methods.coft import COFT
 from deltatune.methods.dora import DoRA
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
+from deltatune.methods.oft import OFT
+from deltatune.methods.oft_v2 import OFTv2
 from deltatune.methods.prefix import PrefixTuning
 from deltatune.methods.prompt import PromptTuning
 from deltatune.methods.tune import Copy, Tune
@@ -57,6 +70,10 @@ _ENCODE: dict[type[Method], tuple[str, Encode]] = {
     DoRA: ("LORA", encode_lora),
     IA3: ("IA3", encode_ia3),
     AdaLoRA: ("ADALORA", encode_adalora),
+    OFT: ("OFT", encode_oft),
+    COFT: ("OFT", encode_oft),
+    OFTv2: ("OFT", encode_oft),
+    BOFT: ("BOFT", encode_boft),
     PromptTuning: ("PROMPT_TUNING", encode_prompt),
     PrefixTuning: ("PREFIX_TUNING", encode_prefix),
 }
@@ -64,13 +81,15 @@ _DECODE: dict[str, Decode] = {
     "LORA": decode_lora,
     "IA3": decode_ia3,
     "ADALORA": decode_adalora,
+    "OFT": decode_oft,
+    "BOFT": decode_boft,
     "PROMPT_TUNING": decode_prompt,
     "P_TUNING": decode_prompt,
     "PREFIX_TUNING": decode_prefix,
 }
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT wraps the base once for these, and twice for others
 _AUXILIARY = (Tune, BitFit, Positions)
-_KNOWN = set(DEFAULTS) | {
+_KNOWN = set(DEFAULTS) | set(OFT_DEFAULTS) | set(BOFT_DEFAULTS) | {
     "auto_mapping", "base_model_name_or_path", "deltatune", "feedforward_modules", "inference_mode", "init_ia3_weights",
     "peft_type", "peft_version", "revision", "task_type", "runtime_config", "token_indices", "init_weights",
     "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",

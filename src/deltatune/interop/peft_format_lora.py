@@ -82,6 +82,8 @@ def _factors(unit: Intervention) -> tuple[float, Tensor, Tensor] | None:
     a, b = unit.a.detach(), unit.b.detach()
     if unit.a0 is not None and unit.b0 is not None:
         a, b = _taken_off(a, b, unit.a0, unit.b0)
+    if unit.constant is not None:
+        a, b = torch.cat([a, unit.constant.down]), torch.cat([b, unit.constant.up / unit.s], 1)
     return float(unit.s), b, a
 
 

@@ -25,7 +25,7 @@ def encoded(adapter: Adapter) -> dict[str, Tensor]:
 def fill(adapter: Adapter, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Load what a folder holds into an adapter that is there; raises, with nothing changed, when it does not fit."""
     if config.get("deltatune", {}).get("tensors") != "deltatune":
-        tensors = _by_unit(adapter, read_by._DECODERS[0](adapter.model, config, tensors)[1])
+        tensors = _by_unit(adapter, read_by.decoded(adapter.model, config, tensors)[1])
     adapter.load_state_dict(tensors)
 
 

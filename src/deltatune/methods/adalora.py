@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from deltatune.core import Base, Callback, Delta, DeltatuneError, Method, Site
 class AdaLoRA(Method):
     """A site starts with `init_r` triplets and ends with `target_r` on average; for the rest see `RankAllocation`."""
 
+    lr: ClassVar[float] = 5e-4
     target_r: int = 8
     init_r: int = 12
     t_init: int = 0
@@ -77,8 +78,5 @@ class Triplets(Delta):
 
     def forward(self, call: Base, x: Any) -> Any:
         up, down = self.factors()
-        h = self.dropout(x.to(down.dtype)) if x.is_floating_point() else x
-        if (update := call.low_rank(h, up, down)) is None:
-            return super().forward(call, x)
-        y = call(x)
-        return y + update.to(y.dtype)
+        y = call.plus(x, up, down, self.dropout.p if self.training else 0.0)
+        return super().forward(call, x) if y is None else y

@@ -3,8 +3,10 @@
 
     b' = v,   v starting at b, for every bias vector of the model                          (sec. 3)
 
-Linear layers' and norms' biases alike. Matrices that are called a bias (T5's relative positions) are none. A model
-without bias vectors (Llama, T5) has nothing to train, and says so.
+Linear layers' and norms' biases alike; `targets=Part("q", "up")` is the paper's smaller set, the biases of queries and
+of the first feed-forward layers. Matrices that are called a bias (T5's relative positions) are none. A model without
+bias vectors (Llama, T5) has nothing to train, and attaching says so: a bias added where there was none would be another
+method, and could not be merged.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from deltatune.methods.tune import Tune
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Tune):
+    lr: ClassVar[float] = 1e-3
     targets: Select = "all-layers"
 
     at: ClassVar[tuple[str, ...]] = ("bias",)
+    otherwise: ClassVar[str] = "; this model has none to train: IA3, or Tune on its norms, trains about as few numbers"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class NearIdentity(Init):
 class Houlsby(Method):
     """`size`: the bottleneck m. `norms`: the norms trained beside the adapters; None for none of them."""
 
+    lr: ClassVar[float] = 3e-4
     size: int = 64
     norms: Select = Part("norm")
     init: Init | None = None

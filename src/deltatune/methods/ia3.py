@@ -9,7 +9,7 @@ l starts at one. Train it without weight decay, which would pull it to zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from deltatune.core import Base, Delta, Method, Part, Select, Site, resolve
 class IA3(Method):
     """`on_input`: those of the targets whose input is rescaled instead of their output; None for none of them."""
 
+    lr: ClassVar[float] = 3e-3
     on_input: Select = Part("down")
 
     usual = ("k", "v", "down")

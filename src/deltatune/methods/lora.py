@@ -10,14 +10,14 @@ tokens, B A is (tokens, dim): the factor that the tokens index starts at zero, a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import Base, Delta, DeltatuneError, Init, Method, Site, matching
+from deltatune.core import Awaiting, Base, Callback, DeltatuneError, Init, Method, Site, matching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +48,14 @@ class LoRA(Method):
         s = alpha / (r if self.scaling == "alpha/r" else math.sqrt(r))
         delta = LowRank(site, r, s, self.dropout)
         if self.init is not None:
-            self.init(delta, site.weight)
+            self.init.start(delta, site)
         return delta
 
+    def callbacks(self) -> Iterable[Callback]:
+        return () if self.init is None else self.init.callbacks()
 
-class LowRank(Delta):
+
+class LowRank(Awaiting):
     """`a` (r, in), `b` (out, r). `a0`, `b0`: a constant product taken off, for initialisations that start elsewhere."""
 
     roles = {"a": "down", "b": "up"}
@@ -74,20 +77,30 @@ class LowRank(Delta):
         self.b.copy_(b)
         self.a0, self.b0 = self.a.detach().clone(), self.b.detach().clone()
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def plain(self) -> None:
+        """Hold `a0`, `b0` in factors of twice the rank: W' stays, and is that of an ordinary LoRA."""
+        up, down = self.product()
+        self.a.data, self.b.data, self.a0, self.b0 = down, up / self.s, None, None
+
+    def product(self) -> tuple[Tensor, Tensor]:
         if self.a0 is None:
             return self.s * self.b, self.a
         # B A - B0 A0 = (B - B0) A + B0 (A - A0): small terms, for a difference of large ones loses digits
         return self.s * torch.cat([self.b - self.b0, self.b0], 1), torch.cat([self.a, self.a - self.a0])
 
-    def weight(self, w: Tensor) -> Tensor:
-        up, down = self.factors()
-        return w + up @ down
+    @torch.no_grad()
+    def unload(self, share: float = 1.0) -> None:
+        """Keep `share` of the product as a constant, and shrink the factors by sqrt(1 - share): W' stays as it is."""
+        training = self.training
+        up, down = self.eval().product()  # where the two differ, a constant is what training has led to
+        self.train(training).keep(share * up, down)
+        self.constant.fold()  # type: ignore[union-attr]
+        for t in (self.a, self.b, self.a0, self.b0):
+            if t is not None:
+                t.mul_(math.sqrt(1 - share))
 
     def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
-        up, down = self.factors()
-        h = self.dropout(x.to(down.dtype)) if x.is_floating_point() else x
-        if (update := call.low_rank(h, up, down)) is None:
-            return super().forward(call, x, *args, **kwargs)
-        y = call(x)
-        return y + update.to(y.dtype)
+        up, down = self.product()
+        y = self.outer(call).plus(x, up, down, self.dropout.p if self.training else 0.0)
+        return super().forward(call, x, *args, **kwargs) if y is None else y

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from deltatune.core import Method, Select
 from deltatune.methods.parallel import ParallelAdapter
@@ -20,6 +20,7 @@ from deltatune.methods.prefix import PrefixTuning
 class MAM(PrefixTuning):
     """`length`, `hidden` and `targets` are `PrefixTuning`'s; `size`, `scale` and `input` are `ParallelAdapter`'s."""
 
+    lr: ClassVar[float] = 2e-4
     length: int = 30
     hidden: int | None = 800
     size: int = 512

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from deltatune.models.prefixing import Positions, geometry, group, prepend, stac
 class PrefixTuning(Method):
     """`length` p; `hidden` m, the width of the network that makes the prefix, None to train P_k and P_v themselves."""
 
+    lr: ClassVar[float] = 5e-3
     length: int = 16
     hidden: int | None = None
 

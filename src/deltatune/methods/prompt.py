@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class PromptTuning(Method):
     ((5, 17), (4,)) token ids of class labels: row i is the mean embedding of label i, the rest as "vocabulary"
     """
 
+    lr: ClassVar[float] = 3e-2
     length: int = 20
     init: Literal["vocabulary", "uniform"] | Ids | tuple[Ids, ...] = "vocabulary"
 

@@ -51,6 +51,11 @@ def computes_alone(module: nn.Module) -> bool:
     return plain_class(type(module)).__name__ in CLOSED
 
 
+def looks_up(module: nn.Module) -> bool:
+    """Whether this attention module takes its function from transformers' table, so that units can surround it."""
+    return plain_class(type(module)).__name__ not in (*INLINE, *CLOSED)
+
+
 class Prefixed:
     """A cache, or none, whose answers begin with keys and values that it does not hold."""
 
@@ -111,7 +116,7 @@ class AttentionPoint:
         for module in model.modules():
             if plain_class(type(module)).__name__ in INLINE:
                 module.register_forward_pre_hook(_inline, with_kwargs=True)
-        for config in _configs(model):
+        for config in configs(model):
             now = config._attn_implementation
             if config.model_type not in _ALONE and not str(now).startswith(PREFIX):
                 if PREFIX + str(now) not in ALL_ATTENTION_FUNCTIONS:
@@ -122,14 +127,15 @@ class AttentionPoint:
                 config._attn_implementation_internal = PREFIX + now
 
     def remove(self, model: nn.Module) -> None:
-        for config in _configs(model):
+        for config in configs(model):
             config._attn_implementation_internal = str(config._attn_implementation).removeprefix(PREFIX)
         for module in model.modules():
             for key in [k for k, hook in module._forward_pre_hooks.items() if hook is _inline]:
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def configs(model: nn.Module) -> list[Any]:
+    """The model's configuration, and those of the models inside it."""
     configs = (getattr(m, "config", None) for m in model.modules())
     return list({id(c): c for c in configs if hasattr(c, "_attn_implementation")}.values())
 

@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from deltatune.core.errors import DeltatuneError, nearest
+from deltatune.core.plugins import load_plugins
+from deltatune.models import quantise
 
 TASKS = {
     "causal": "AutoModelForCausalLM",
@@ -53,10 +55,11 @@ def locate(base: str | Path) -> str:
 
 
 def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.dtype = "auto",
-              labels: Sequence[str] | int | None = None) -> PreTrainedModel:  # fmt: skip
+              labels: Sequence[str] | int | None = None, quantize: str | None = None) -> PreTrainedModel:  # fmt: skip
     """The model of `base` with the head for `task` (a key of `TASKS`; by default its language model's), in `eval` mode.
 
     `labels`, their names or number, size the head of a classifier, which starts untrained where the base has none.
+    `quantize`: a key of `quantise.KINDS`, for the linear layers but the head; all else is in `dtype`.
     Raises DeltatuneError when the folder is incomplete (naming the file), the architecture is unknown or has no such
     head, or a language model lacks weights.
     """
@@ -71,10 +74,19 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
     if labels is not None:
         names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    how: dict[str, Any] = {}
+    if quantize is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise DeltatuneError(f"quantize: {base} is quantised already; leave it out")
+        with torch.device("meta"):
+            blank = head.from_config(config)
+        how["quantization_config"] = quantise.configuration(quantize, wanted or blank.dtype, blank)
+        if torch.cuda.is_available():
+            how["device_map"] = {"": torch.cuda.current_device()}
     try:
         model, info = head.from_pretrained(
             where, config=config, dtype=wanted or "auto", use_safetensors=True, output_loading_info=True,
-            ignore_mismatched_sizes=labels is not None,
+            ignore_mismatched_sizes=labels is not None, **how,
         )  # fmt: skip
     except SafetensorError as error:
         raise DeltatuneError(f"base: {base}: its weights are damaged ({error}); copy them again") from error
@@ -83,6 +95,8 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
     if (missing := sorted(info["missing_keys"])) and task in ("causal", "seq2seq"):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DeltatuneError(f"base: {base}: its weights lack {', '.join(missing[:3])}{more}; copy them again")
+    if quantize is not None:
+        load_plugins()  # now that the library is imported
     return cast(PreTrainedModel, model.eval())
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core import Callback, DeltatuneError, Events, Router, Run
+from deltatune.kernels.device import kind
 
 
 class TopK(Router):
@@ -41,7 +42,7 @@ class TopK(Router):
     def gates(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., n), in fp32 or wider: k positive numbers that sum to one, and zeros."""
         wide = torch.promote_types(self.gate.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):  # bf16 logits would tie
+        with torch.autocast(kind(x), enabled=False):  # bf16 logits would tie
             z = F.linear(x.to(wide), self.gate.to(wide))
         if self.training and torch.is_grad_enabled():
             self.logits = z.flatten(0, -2)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deltatune.kernels import lowrank
+
 Read = Callable[[nn.Module, str], Tensor]
 Write = Callable[[nn.Module, str, Tensor], None]
 
@@ -34,6 +36,10 @@ class Kind:
         """What `up @ down` added to the weight adds to the output; None where only the dense product will do."""
         return None
 
+    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, dropout: float) -> Tensor | None:
+        """The module's forward under its weight plus `up @ down`, which sees x through dropout; None if it has none."""
+        return None
+
 
 class LinearKind(Kind):
     def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -44,6 +50,23 @@ class LinearKind(Kind):
 
     def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         return F.linear(F.linear(x, down), up)
+
+    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, dropout: float) -> Tensor | None:
+        if plain_class(type(module)) not in _LAYERS or is_quantised(module):  # a subclass may have its own forward
+            return None
+        return lowrank.linear(x, read(module, "weight"), module.bias, down, up, dropout=dropout)
+
+
+class QuantisedLinearKind(LinearKind):
+    """Its own kernel wherever the weight is its own; the dense weight only where a delta replaces it."""
+
+    def run(self, module: Any, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        if "weight" in params or "bias" not in params:
+            return super().run(module, params, *args, **kwargs)
+        twin = object.__new__(type(module))
+        twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "bias": None}}
+        y = plain_class(type(module)).forward(twin, *args, **kwargs)
+        return y + params["bias"].to(y.dtype)
 
 
 class EmbeddingKind(Kind):
@@ -79,7 +102,7 @@ class LayerNormKind(Kind):
         return F.layer_norm(x, module.normalized_shape, w, b, module.eps)
 
 
-LINEAR = LinearKind()
+LINEAR, QUANTISED = LinearKind(), QuantisedLinearKind()
 
 
 @dataclass
@@ -88,6 +111,7 @@ class Layer:
     transposed: bool = False  # stores (in, out), as GPT-2's Conv1D does
     read: Read | None = None
     write: Write | None = None
+    settle: Callable[[nn.Module], None] | None = None
 
 
 _LAYERS: dict[type[nn.Module], Layer] = {
@@ -97,16 +121,32 @@ _LAYERS: dict[type[nn.Module], Layer] = {
     **{c: Layer(ConvKind()) for c in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
 }
 _OTHER = Layer(Kind())
+_FOUND: dict[type[nn.Module], Layer] = {}  # by the class of a module, grafted or not
+_TENSORS: dict[type, tuple[Read, Write | None]] = {}
 
 
 def register(cls: type[nn.Module], kind: Kind = LINEAR, *, transposed: bool = False, read: Read | None = None,
-             write: Write | None = None) -> None:  # fmt: skip
-    """Make a layer type known: how it computes, and for a quantised one how its weight is read and written."""
-    _LAYERS[cls] = Layer(kind, transposed, read, write)
+             write: Write | None = None, settle: Callable[[nn.Module], None] | None = None) -> None:  # fmt: skip
+    """Make a layer type known: how it computes, and for a quantised one how its weight is read and written.
+
+    `write` puts a new parameter in place of the old one, which, put back, is the old weight bit for bit.
+    `settle` is called when a model gets its first adapter, for layers that must be made ready to train."""
+    _LAYERS[cls] = Layer(kind, transposed, read, write, settle)
+    _FOUND.clear()
+
+
+def register_tensor(cls: type[Tensor], read: Read, write: Write | None = None) -> None:
+    """Make a type of quantised weight known, which ordinary layers hold; no `write` if it cannot be made anew."""
+    _TENSORS[cls] = read, write
 
 
 def layer_of(module: nn.Module) -> Layer:
-    return next((_LAYERS[c] for c in type(module).__mro__ if c in _LAYERS), _OTHER)
+    if (layer := _FOUND.get(type(module))) is None:
+        layer = _FOUND[type(module)] = next((_LAYERS[c] for c in type(module).__mro__ if c in _LAYERS), _OTHER)
+    held: type = type(module._parameters.get("weight"))
+    if held is not nn.Parameter and (found := next((_TENSORS[c] for c in held.__mro__ if c in _TENSORS), None)):
+        return Layer(QUANTISED if isinstance(layer.kind, LinearKind) else layer.kind, False, *found)
+    return layer
 
 
 def plain_class(cls: type[Any]) -> Any:
@@ -126,6 +166,22 @@ def is_quantised(module: nn.Module) -> bool:
     return layer_of(module).read is not None
 
 
+def settle(module: nn.Module) -> None:
+    if (ready := layer_of(module).settle) is not None:
+        ready(module)
+
+
+def was_transposed(module: nn.Module) -> bool:
+    """Whether a quantised layer took the place of one that stores (in, out): transformers keeps that class."""
+    cls = getattr(module, "source_cls", type(module))
+    return any(_LAYERS[c].transposed for c in cls.__mro__ if c in _LAYERS)
+
+
+def is_writable(module: nn.Module, param: str) -> bool:
+    layer = layer_of(module)
+    return param != "weight" or layer.read is None or layer.write is not None
+
+
 def read(module: nn.Module, param: str) -> Tensor:
     """The parameter as methods see it: (out, in), flattened and dequantised."""
     layer = layer_of(module)
@@ -135,6 +191,13 @@ def read(module: nn.Module, param: str) -> Tensor:
     if layer.transposed and w.ndim == 2:
         return w.T
     return w.flatten(1) if w.ndim > 2 else w
+
+
+def shape(module: nn.Module, param: str) -> torch.Size:
+    """That of `read`, without dequantising."""
+    if param == "weight" and is_quantised(module) and is_linear(module):
+        return torch.Size((module.out_features, module.in_features))  # type: ignore[arg-type]
+    return read(module, param).shape
 
 
 @torch.no_grad()

@@ -139,9 +139,14 @@ def restore_weights(model: nn.Module, adapter: Any, saved: Tensors) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors named `parameter.value`, what JSON holds): together all of `optimizer.state_dict()`."""
+    """(tensors named `parameter.value`, what JSON holds): together all of `optimizer.state_dict()`.
+
+    A value may be a mapping of further ones, as the 8-bit moments of bitsandbytes are: `parameter.value.part`."""
     whole = optimizer.state_dict()
-    flat = {f"{i}.{k}": v for i, values in whole["state"].items() for k, v in values.items()}
+    flat: dict[str, Any] = {}
+    for i, values in whole["state"].items():
+        for k, v in values.items():
+            flat |= {f"{i}.{k}.{n}": t for n, t in v.items()} if isinstance(v, Mapping) else {f"{i}.{k}": v}
     rest = {k: v for k, v in flat.items() if not isinstance(v, Tensor)}
     return {k: v for k, v in flat.items() if isinstance(v, Tensor)}, {"groups": whole["param_groups"], "values": rest}
 
@@ -149,8 +154,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, rest: Mapping[str, Any]) -> None:
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **rest["values"]}.items():
-        i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
+        i, name, *part = key.split(".", 2)
+        own = state.setdefault(int(i), {})
+        (own.setdefault(name, {}) if part else own)[part[0] if part else name] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in rest["groups"]]
     try:
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 
 from deltatune.core.adapter import Adapter
 from deltatune.core.callback import Callback, Groups, Run
@@ -24,13 +24,17 @@ from deltatune.core.errors import DeltatuneError
 from deltatune.data.encode import IGNORED
 from deltatune.data.loader import Batches
 from deltatune.data.packing import Batch
-from deltatune.train import checkpoint, metrics
+from deltatune.models.blocks import blocked
+from deltatune.train import checkpoint, metrics, optimizer
 from deltatune.train.checkpoint import Checkpoints, Snapshot
 from deltatune.train.loss import autocast, evaluate, outcome, targets
+from deltatune.train.memory import kept_freed
 from deltatune.train.metrics import Log, Record, Report
 from deltatune.train.options import SHARE, TrainOptions
 from deltatune.train.process import Processes, interruptible
 from deltatune.train.proof import Proof, checksums, detached, digest
+from deltatune.train.recompute import recomputing
+from deltatune.train.training_data import TrainingData
 
 MAY_CHANGE = {"log_every", "save_every", "keep", "tensorboard"}  # on resume: nothing here moves a number
 CARRIED = ("best", "waited", "tokens", "seconds", "finding")  # of a run, from one process to the next
@@ -87,7 +91,7 @@ def fit(
         except torch.OutOfMemoryError as e:
             raise DeltatuneError(
                 f"step {trainer.run.step}: out of memory with {trainer.held()} in a forward pass; lower "
-                "train.tokens_per_batch, which changes nothing else, or set train.activation_checkpointing"
+                "train.tokens_per_batch, which changes nothing else, or set train.activation_checkpointing to blocks"
             ) from e
 
 
@@ -106,11 +110,14 @@ class _Trainer:
         self.device, self.dtype = self.processes.device, options.dtype(self.processes.device)
         self.each = options.accumulation(batches)
         steps, self.total = options.count(batches)
-        self.run = Run(model, adapter, steps, losses=self._losses)
+        data = TrainingData(model, batches, self.device, self.dtype)
+        self.run = Run(model, adapter, steps, losses=data.losses, examples=data.examples)
         if not getattr(model, "hf_device_map", None) and any(p.device != self.device for p in model.parameters()):
             model.to(self.device)
         stack.enter_context(_prepared(model, adapter, options))
+        stack.enter_context(blocked(model) if batches.blocked else nullcontext())
         self.processes.share(list(checkpoint.weights(model, adapter).values()))
+        stack.enter_context(kept_freed() if self.device.type == "cpu" else nullcontext())
         set_seed(options.seed)
 
         sums = checksums(model, {id(p) for p in self._parameters()})
@@ -177,13 +184,6 @@ class _Trainer:
         tokens, rows = self.batches.tokens_per_batch, self.batches.batch_size
         return f"{tokens} tokens" if tokens else f"{rows} rows of up to {self.batches.capacity} tokens"
 
-    def _losses(self, n: int) -> Iterator[Tensor]:
-        """Mean losses of the first n batches of a pass over the training data."""
-        for batch in islice(self.batches.once(), n):
-            with autocast(self.device, self.dtype):
-                found = outcome(self.model, batch.to(self.device), self.batches.task)
-            yield found.total / max(1, found.targets)
-
     def _step(self) -> Record:
         """One optimizer step."""
         run, options = self.run, self.options
@@ -239,6 +239,8 @@ class _Trainer:
                 "trained_tokens": trained}  # fmt: skip
 
     def _compare(self, loss: float) -> bool:
+        if self.run.step < self.run.keep_from:
+            return False
         if loss == loss and (self.best is None or loss < self.best["eval_loss"]):
             self.best, self.waited = {"step": self.run.step, "eval_loss": loss}, 0
             return True
@@ -257,8 +259,7 @@ class _Trainer:
         for events in self.events:
             groups = events.param_groups(groups)
         groups = [{**g, "initial_lr": g.get("lr", options.lr)} for g in groups if g["params"]]
-        fused = self.device.type in ("cuda", "cpu") and all(p.is_floating_point() for g in groups for p in g["params"])
-        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=fused)
+        return optimizer.make(groups, options, self.device)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return self.model.parameters() if self.adapter is None else self.adapter.parameters()
@@ -382,20 +383,16 @@ def _prepared(model: Any, adapter: Adapter | None, options: TrainOptions) -> Ite
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in mine] if adapter is not None else []
     training, config = model.training, getattr(model, "config", None)
     cached = getattr(config, "use_cache", None)
-    switched = options.activation_checkpointing and not getattr(model, "is_activation_checkpointing", False)
     try:
-        if switched:
-            model.activation_checkpointing_enable()
         for p in others:
             p.requires_grad_(False)
         if cached is not None:
             config.use_cache = False  # type: ignore[union-attr]
-        yield model.train()
+        with recomputing(model, options.activation_checkpointing):
+            yield model.train()
     finally:
         for p in others:
             p.requires_grad_(True)
         if cached is not None:
             config.use_cache = cached  # type: ignore[union-attr]
-        if switched:
-            model.activation_checkpointing_disable()
         model.train(training)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.core.slot import switch_of
 from deltatune.data.encode import IGNORED, Task
 from deltatune.data.loader import Batches
 from deltatune.data.packing import Batch
-from deltatune.routers.per_row import PerRow
+from deltatune.models.blocks import layout
+from deltatune.train.head import loss_by_chunks, only
 from deltatune.train.process import Processes
 
 
@@ -36,12 +35,20 @@ def targets(batch: Batch, task: Task) -> Tensor:
 
 def outcome(model: nn.Module, batch: Batch, task: Task) -> Outcome:
     """Cross-entropy of `batch`, summed. Raises DeltatuneError when the model's logits do not fit the labels."""
+    with layout(batch.blocks):
+        return _outcome(model, batch, task)
+
+
+def _outcome(model: nn.Module, batch: Batch, task: Task) -> Outcome:
     wanted = targets(batch, task)
-    trained = wanted != IGNORED
     inputs = dict(batch.inputs)
     if task == "seq2seq" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _decoder_inputs(model, batch.labels)
-    with _only(model, trained if task in ("causal", "seq2seq") else None):
+    generates = task in ("causal", "seq2seq")
+    if generates and (found := loss_by_chunks(model, inputs, wanted, IGNORED)) is not None:
+        return Outcome(*found)
+    trained = wanted != IGNORED
+    with only(model, trained) if generates else nullcontext():
         logits = model(**inputs).logits
     if logits.shape[:-1] == wanted.shape:
         logits = logits[trained]
@@ -52,7 +59,7 @@ def outcome(model: nn.Module, batch: Batch, task: Task) -> Outcome:
             f"the model gives logits of shape {tuple(logits.shape)} for labels of shape {tuple(wanted.shape)}, "
             f"which does not suit the task {task!r}; load it with the head of that task"
         )
-    logits, wanted = logits.float(), wanted[trained]
+    logits, wanted = logits.float(), wanted[trained].to(logits.device)
     total = F.cross_entropy(logits, wanted, reduction="sum")
     return Outcome(total, len(wanted), (logits.detach().argmax(-1) == wanted).sum())
 
@@ -82,33 +89,6 @@ def evaluate(
     total, count, correct = processes.sum(sums.tolist())
     accuracy = {"eval_accuracy": correct / count} if batches.task in ("classification", "tagging") else {}
     return {"eval_loss": total / count, **accuracy}
-
-
-@contextmanager
-def _only(model: Any, trained: Tensor | None) -> Iterator[None]:
-    """Inside, the model's head sees only the `trained` positions [b, T] of its hidden states, as [1, n, hidden].
-
-    The head is called as ever, with the adapters on it, and the model caps or scales what it returns; all of that acts
-    on each position alone. Not where rows have adapters of their own, which need the rows, nor where the hidden states
-    are not those of the labels (virtual tokens): there all logits are made."""
-    head = model.get_output_embeddings() if trained is not None and hasattr(model, "get_output_embeddings") else None
-    switch = switch_of(model)
-    if head is None or (switch is not None and isinstance(switch.active().router, PerRow)):
-        yield
-        return
-    assert trained is not None
-    places = trained.flatten().nonzero().flatten()
-
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or args[0].shape[:-1] != trained.shape:
-            return None
-        return args[0].flatten(0, 1).index_select(0, places)[None], *args[1:]
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:

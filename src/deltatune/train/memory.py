@@ -9,24 +9,36 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltatune.core import DeltatuneError, Method, attach
 from deltatune.core.adapter import Adapter
-from deltatune.data.encode import Task
+from deltatune.data.encode import IGNORED, Task
+from deltatune.data.packing import Batch
+from deltatune.kernels.attention import Blocks
+from deltatune.kernels.device import standing_for
+from deltatune.models import quantise
+from deltatune.models.blocks import blocked
+from deltatune.train import optimizer
+from deltatune.train.head import head_of
+from deltatune.train.loss import outcome
 from deltatune.train.options import TrainOptions
+from deltatune.train.recompute import Recompute, recomputing
 
 META = torch.device("meta")
 # After its first step glibc takes tensors below 32 MiB from its heap, where what is kept lies between freed
@@ -39,21 +51,21 @@ SCATTERED = 0.5
 class Shape:
     """The largest micro-batch: `rows` of `length` tokens, of which `trained` carry loss.
 
-    `target` is the length of a decoder's input, if there is an encoder. `masked`: tokens do not see all before them."""
+    `target` is the length of a decoder's input, if there is an encoder, `blocks` the layout of documents in one row."""
 
     rows: int
     length: int
     trained: int
     task: Task = "causal"
     target: int = 0
-    masked: bool = True
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes at the peak of a training step, by what holds them.
 
-    `loss` is the logits and what is made of them, `backward` what the backward pass adds at the peak, `allocator` what
+    `loss` is a chunk of logits and the gradient made of them, `backward` what the backward pass adds at the peak, `allocator` what
     is lost between tensors, `process` the interpreter and its libraries."""
 
     base: int
@@ -120,13 +132,17 @@ _PRODUCTS = {F.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__
 
 
 class _Kernels(TorchFunctionMode):
-    """What a real device does and "meta" does not: products in `dtype` under autocast, attention without its matrix."""
+    """What a real device does and "meta" does not: products in `dtype` under autocast, attention without its matrix.
+
+    Whoever asks whether something holds for values is told that it does not: masks then are not found to be of ones."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
         attends = func is F.scaled_dot_product_attention
         if self.dtype is torch.bfloat16 and (attends or func in _PRODUCTS):
             args, kwargs = tuple(map(self._cast, args)), {k: self._cast(v) for k, v in kwargs.items()}
@@ -154,34 +170,28 @@ class _Attention(torch.autograd.Function):
         return *(torch.empty_like(t) for t in ctx.saved_tensors[:3]), None
 
 
-def step(model: Any, adapter: Adapter | None, shape: Shape, dtype: torch.dtype, *, checkpointing: bool = False
-         ) -> Counter[str]:  # fmt: skip
+def step(model: Any, adapter: Adapter | None, shape: Shape, dtype: torch.dtype, device: torch.device,
+         recompute: Recompute = "none") -> Counter[str]:  # fmt: skip
     """Bytes beside parameters and optimizer at the peak of one step of `model`, which lies on "meta"."""
-    inputs, n = _inputs(shape), shape.trained
+    batch = _batch(shape)
     parameters = list((model if adapter is None else adapter).parameters())
-    held = [*model.parameters(), *model.buffers(), *parameters, *inputs.values()]
+    held = [*model.parameters(), *model.buffers(), *parameters, *batch.inputs.values()]
     live = _Live(t for t in held if t.device == META)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: live.own(p.grad, "gradients"))  # type: ignore[arg-type]
              for p in parameters if p.requires_grad]  # fmt: skip
-    head = model.get_output_embeddings() if shape.task in ("causal", "seq2seq") else None
+    head = head_of(model)
 
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        live.phase = "loss"
-        return args[0].flatten(0, 1).index_select(0, torch.empty(n, dtype=torch.long, device=META))[None], *args[1:]
+    def enter(module: nn.Module, args: Any) -> None:
+        if module is head:
+            live.phase = "loss"
 
-    if head is not None:
-        hooks.append(head.register_forward_pre_hook(select))
+    hooks.append(register_module_forward_pre_hook(enter))  # one at the head itself would change how its loss is made
     model.train()
     model.config.use_cache = False
-    if checkpointing:
-        model.activation_checkpointing_enable()
+    layout = nullcontext() if shape.blocks is None else blocked(model)
     try:
-        with live, _Kernels(dtype):
-            logits = model(**inputs).logits
-            live.phase = "loss"
-            logits = logits.flatten(0, -2)[:n].float()
-            loss = F.cross_entropy(logits, torch.empty(len(logits), dtype=torch.long, device=META), reduction="sum")
-            del logits
+        with recomputing(model, recompute), layout, standing_for(device.type, dtype), live, _Kernels(dtype):
+            loss = outcome(model, batch, shape.task).total
             live.phase = "backward"
             one = torch.ones((), device=META)  # `loss.backward()` would leave `_Kernels` before recomputing blocks
             engine = torch.autograd.Variable._execution_engine
@@ -195,41 +205,47 @@ def step(model: Any, adapter: Adapter | None, shape: Shape, dtype: torch.dtype, 
     return live.peak
 
 
-def _inputs(shape: Shape) -> dict[str, Tensor]:
-    def blank(*size: int, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.empty(shape.rows, *size, dtype=dtype, device=META)
+def _batch(shape: Shape) -> Batch:
+    """A batch of that shape. Its labels alone have values, which say what reaches the head."""
 
-    given = {"input_ids": blank(shape.length)}
-    if shape.masked:
-        given["attention_mask"] = blank(1, shape.length, shape.length, dtype=torch.bool)
+    def blank(*size: int) -> Tensor:
+        return torch.empty(shape.rows, *size, dtype=torch.long, device=META)
+
+    inputs = {"input_ids": blank(shape.length)}
+    inputs |= {"position_ids" if shape.blocks else "attention_mask": blank(shape.length)}
     if shape.task == "seq2seq":
-        given["decoder_input_ids"] = blank(shape.target)
-    return given
+        inputs["decoder_input_ids"] = blank(shape.target)
+    labels = torch.full((shape.target if shape.task == "seq2seq" else shape.length, shape.rows), IGNORED)
+    labels.view(-1)[-shape.trained :] = 0  # the last of each row: nothing predicts the first
+    if shape.task == "classification":
+        labels = torch.zeros(1, shape.rows, dtype=torch.long)[0]
+    return Batch(inputs, labels.T, labels.T, [], shape.rows * shape.length, shape.trained, shape.blocks)
 
 
 def estimate(model: Any, method: Method | None, shape: Shape, options: TrainOptions, *, dtype: torch.dtype,
-             device: torch.device, process: int = 0) -> Estimate:  # fmt: skip
+             device: torch.device, process: int = 0, quantize: str | None = None) -> Estimate:  # fmt: skip
     """The peak of training `method` (None: `model` itself) on `model`, whose parameters lie on "meta".
 
     dtype: what products run in, on `device`. process: bytes held without model and data, as `held` says.
+    quantize: how the base is going to be stored; each product then makes one weight dense, for as long as it takes.
     Raises DeltatuneError where the method decides by values, which this model does not have."""
-    base = _bytes(model.parameters()) + _bytes(model.buffers())
+    base, dense = _bytes(model.parameters()) + _bytes(model.buffers()), 0
+    if quantize is not None:
+        base -= quantise.saved_bytes(model, quantize)
+        dense = max(m.weight.numel() for m in quantise.quantisable(model, quantize)) * dtype.itemsize  # type: ignore[operator, union-attr]
     try:
         adapter = None if method is None else attach(model, method)
         trained = list((model if adapter is None else adapter).parameters())
         again = options.activation_checkpointing
-        try:
-            whole = step(model, adapter, shape, dtype)
-        except (NotImplementedError, RuntimeError, TypeError, ValueError):  # not all take a mask of the whole matrix
-            shape = replace(shape, masked=False)
-            whole = step(model, adapter, shape, dtype)
-        found = step(model, adapter, shape, dtype, checkpointing=True) if again else whole
+        found = whole = step(model, adapter, shape, dtype, device)
+        if again != "none":
+            found = step(model, adapter, shape, dtype, device, again)
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeltatuneError(f"no memory estimate for {type(method).__name__}: {why}") from error
     own = 0 if adapter is None else _bytes(iter(adapter.state_dict().values()))
-    states = 2 * _bytes(p for p in trained if p.requires_grad)  # two moments each
-    parts = {n: found[n] for n in ("gradients", "activations", "loss", "backward")}
+    states = optimizer.state_bytes({id(p): p for p in trained if p.requires_grad}.values(), options)
+    parts = {n: found[n] + (dense if n == "backward" else 0) for n in ("gradients", "activations", "loss", "backward")}
     lost = int(SCATTERED * whole["activations"]) if device.type == "cpu" else 0
     return Estimate(base=base, adapter=own, optimizer=states, allocator=lost, process=process, **parts)
 
@@ -264,6 +280,26 @@ def reset_peak(device: torch.device) -> None:
     elif sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextmanager
+def kept_freed() -> Iterator[None]:
+    """Inside, memory that this process frees stays its own, and is not to be had from the system at every step anew.
+
+    Of glibc's malloc alone, which gives back large tensors as they are freed, so that each page of the next ones is
+    faulted in and cleared again. Afterwards it does as is usual, and what was kept is given back."""
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc, trim, mmap = ctypes.CDLL(None), -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    libc.mallopt(mmap, 1 << 30)
+    libc.mallopt(trim, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(mmap, 32 << 20)  # where its own rule, which this has ended, gets to
+        libc.mallopt(trim, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -19,6 +19,7 @@ import deltatune.interop  # noqa: F401  teaches `load` PEFT's format
 from deltatune.core import DeltatuneError, activate, load, merge
 from deltatune.data.templates import resolve
 from deltatune.models.loading import load_base, load_tokenizer, read_config, to_dtype
+from deltatune.models.quantise import dequantise
 
 PROMPTS = (
     "What is the capital of Norway?",
@@ -69,6 +70,7 @@ def write_merged(base: str | Path, adapters: Sequence[str | Path], output: str |
                  dtype: str | torch.dtype = "auto") -> Merged:  # fmt: skip
     """Merge the saved `adapters`, in order, into `base`; write model, tokenizer, template and stop tokens to `output`.
 
+    A base that was quantised in training is the one that its codes stand for, so the model is the one that was trained.
     dtype: the precision to write; by default the base's own. tolerance: the largest relative difference allowed, by
     default 1e-3 in fp32 and `TOLERANCE` of what is written.
     Raises DeltatuneError, and leaves nothing behind, when `output` holds something, an adapter cannot be merged, or
@@ -82,7 +84,10 @@ def write_merged(base: str | Path, adapters: Sequence[str | Path], output: str |
     task = _task(adapters)
     stored: Any = to_dtype(dtype) or read_config(base).dtype or torch.float32
     tokenizer = load_tokenizer(base, adapters)
-    model = load_base(base, task, dtype=torch.float32)
+    quantize = quantised(adapters)
+    model = load_base(base, task, dtype=torch.float32, quantize=quantize)
+    if quantize is not None:
+        dequantise(model, torch.float32)
     names = [load(model, folder, f"merged-{i}").name for i, folder in enumerate(adapters)]
     activate(model, *names)
     expected = [_answer(model, tokenizer, prompt) for prompt in prompts]
@@ -119,14 +124,24 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return list(dict.fromkeys(int(token) for token in found if token is not None))
 
 
+def quantised(adapters: Sequence[str | Path]) -> str | None:
+    """How the base was stored that the saved `adapters` were trained on; raises when they do not agree."""
+    found = {str(folder): _config(folder).get("deltatune", {}).get("quantize") for folder in adapters}
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{folder}: {kind or 'not quantised'}" for folder, kind in found.items())
+        raise DeltatuneError(f"adapter: these were trained on bases stored differently ({told}); use them apart")
+    return next(iter(found.values()), None)
+
+
+def _config(folder: str | Path) -> dict[str, Any]:
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file():
+        raise DeltatuneError(f"adapter: {folder}: no adapter_config.json there, so this is not a saved adapter")
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
 def _task(adapters: Sequence[str | Path]) -> str | None:
-    for folder in adapters:
-        file = Path(folder) / "adapter_config.json"
-        if not file.is_file():
-            raise DeltatuneError(f"adapter: {folder}: no adapter_config.json there, so this is not a saved adapter")
-        if (task := TASKS.get(json.loads(file.read_text(encoding="utf-8")).get("task_type"))) is not None:
-            return task
-    return None
+    return next((TASKS[kind] for folder in adapters if (kind := _config(folder).get("task_type")) in TASKS), None)
 
 
 def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> Answer:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.data.loader import Batches
+from deltatune.train.recompute import Recompute
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -38,6 +39,8 @@ class TrainOptions(BaseModel):
     tokens_per_batch: Count | None = None
     """What one forward pass may hold, in tokens; a step of more is accumulated, which changes nothing but memory."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """In 8 bits its moments take a quarter of the memory; paged, they leave the accelerator when that runs short."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(gt=0)] | None = 1.0
@@ -54,8 +57,9 @@ class TrainOptions(BaseModel):
     keep: Literal["best", "last"] | None = None
     """The weights that the run leaves in the model; the best if it evaluates and saves, else the last."""
     log_every: Count = 1
-    activation_checkpointing: bool = False
-    """Keep fewer activations and run the forward pass again in the backward pass."""
+    activation_checkpointing: Recompute = "none"
+    """What runs again in the backward pass, to keep fewer activations: nothing; whole blocks (also written true), for
+    up to half more time; or products: what lies between the matrix products of a block, for little time."""
     tensorboard: bool = False
 
     def __init__(self, **options: Any) -> None:
@@ -63,6 +67,11 @@ class TrainOptions(BaseModel):
             super().__init__(**options)
         except ValidationError as e:
             raise DeltatuneError("; ".join(_told(problem, type(self).model_fields) for problem in e.errors())) from None
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _switched(cls, given: Any) -> Any:
+        return given if not isinstance(given, bool) else "blocks" if given else "none"
 
     @model_validator(mode="after")
     def _apart(self) -> Self:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from deltatune.core.callback import Run
 from deltatune.core.errors import DeltatuneError
@@ -17,14 +19,23 @@ GRACE = 10  # steps in which every site must be seen, where callbacks may let si
 
 
 def checksums(model: nn.Module, trained: set[int]) -> dict[str, int]:
-    """CRC of up to 64 elements, spread evenly, of every parameter whose id is not in `trained`."""
-    sums = {}
+    """CRC of up to 64 elements, spread evenly, of every parameter whose id is not in `trained`; of codes, not of what
+    they stand for."""
+    sums: dict[str, int] = {}
     for name, p in model.named_parameters():
-        t = p.detach()
-        if id(p) not in trained and type(t) in (Tensor, nn.Parameter) and not t.is_meta:
+        for t in _stored(p) if id(p) not in trained else ():
             few = t.reshape(-1)[:: max(1, t.numel() // SAMPLE)][:SAMPLE].contiguous().cpu()
-            sums[name] = zlib.crc32(few.view(torch.uint8).numpy().tobytes())
+            sums[name] = zlib.crc32(few.view(torch.uint8).numpy().tobytes(), sums.get(name, 0))
     return sums
+
+
+def _stored(p: nn.Parameter) -> list[Tensor]:
+    """The plain tensors that hold a parameter; none that are spread over processes, or have no values."""
+    if p.is_meta or isinstance(p, DTensor):
+        return []
+    t: Any = p.detach()
+    inner = t.__tensor_flatten__()[0] if hasattr(t, "__tensor_flatten__") else ()
+    return [getattr(t, name) for name in inner] or [t.as_subclass(Tensor)]
 
 
 def digest(sums: dict[str, int]) -> str:

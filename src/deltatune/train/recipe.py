@@ -15,6 +15,7 @@ from deltatune.core import Callback, Config, DeltatuneError, Method, Union, near
 from deltatune.core.adapter import write_atomically
 from deltatune.data.encode import Task, TooLong
 from deltatune.data.templates import TrainOn
+from deltatune.models.quantise import Quantise
 from deltatune.registry import make, named
 from deltatune.train.options import TrainOptions
 
@@ -52,6 +53,8 @@ class Recipe(BaseModel):
 
     version: Literal[1] = 1
     base: str
+    quantize: Quantise | None = None
+    """How the base's linear layers are stored: nf4 or int8 (bitsandbytes), torchao-int8 or torchao-int4."""
     data: Data
     task: Task | None = None
     """By default what rows and base are for: classes, tags, or text (seq2seq from an encoder-decoder, else causal)."""
@@ -99,7 +102,8 @@ class Recipe(BaseModel):
         """The recipe that a mapping, as read from YAML, says; methods and callbacks are made once, to check them."""
         try:
             recipe = cls.model_validate(dict(given))
-            recipe.made_method()
+            if recipe.made_method() is None and recipe.quantize is not None:
+                raise DeltatuneError("quantize: method full trains the weights, which must not be quantised; drop it")
             recipe.made_callbacks()
         except ValidationError as error:
             raise DeltatuneError("; ".join(f"{source}: {_told(problem)}" for problem in error.errors())) from None

@@ -26,19 +26,14 @@ from deltatune.core import (
     plan,
 )
 from deltatune.core.adapter import CONFIG, write_atomically
-from deltatune.core.units import ATTENTION, CALL
 from deltatune.data import (
-    Batches,
     Dataset,
     Encoded,
-    Example,
     Rows,
     Summary,
     build,
     load,
     normalise,
-    packed,
-    padded,
     split,
 )
 from deltatune.data.encode import Task
@@ -46,9 +41,11 @@ from deltatune.data.formats import Labelled, Tagged
 from deltatune.data.templates import NAMED, adds_bos, resolve
 from deltatune.methods.tune import Tune
 from deltatune.models.loading import TASKS, load_base, load_tokenizer, locate, read_config
+from deltatune.models.quantise import require
 from deltatune.train import memory
+from deltatune.train.batching import Packing, batches, largest, packs, pointwise, wanted
 from deltatune.train.loop import Result, fit
-from deltatune.train.memory import Estimate, Shape
+from deltatune.train.memory import Estimate
 from deltatune.train.merged import TASKS as PEFT_TASKS
 from deltatune.train.metrics import Report
 from deltatune.train.options import TOKENS_PER_STEP, TrainOptions
@@ -59,7 +56,6 @@ ADAPTER, MODEL, RECIPE = "adapter", "model", "recipe.yaml"
 LEFT = {RECIPE, "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"}  # by a run without a checkpoint
 LONGEST = 1024
 ON_CPU = 2048  # tokens: a larger micro-batch is no faster there
-LOOKED_AT = 500  # batches, for the largest
 
 
 @dataclass(frozen=True)
@@ -110,6 +106,7 @@ class Prepared:
         """The options with a micro-batch that fits into memory where the recipe leaves it open, and the estimate."""
         options = self.recipe.train
         packing = self.may_pack() if packing is None else packing
+        how: Packing = "rows" if packing else "none"
         world = 1 if processes is None else processes.world
         choose = options.tokens_per_batch is None and options.batch_size is None
         step = (options.tokens_per_step or TOKENS_PER_STEP) // world
@@ -118,11 +115,11 @@ class Prepared:
             options = options.model_copy(update={"tokens_per_batch": max(ON_CPU, longest)})
         while True:
             shape = largest(
-                batches(self.rows, self.tokenizer, options, self.task, packing, self.max_length, self.recipe.seed)
+                batches(self.rows, self.tokenizer, options, self.task, how, self.max_length, self.recipe.seed)
             )
             try:
                 found = memory.estimate(self.blank(), self.method, shape, options, dtype=self.dtype,
-                                        device=self.device, process=process)  # fmt: skip
+                                        device=self.device, process=process, quantize=self.recipe.quantize)  # fmt: skip
             except DeltatuneError as error:
                 return options, error
             size = options.tokens_per_batch or step
@@ -132,14 +129,16 @@ class Prepared:
 
     def may_pack(self) -> bool:
         """Whether task and method let documents share a row; whether the base does is seen when it is loaded."""
-        if not _wanted(self.recipe.data, self.recipe.train, self.task):
+        if not wanted(self.recipe.data, self.recipe.train, self.task):
             return False
-        return self.method is None or _pointwise(attach(self.blank(), self.method))
+        return self.method is None or pointwise(attach(self.blank(), self.method))
 
 
 def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     """Reads tokenizer and data. Raises DeltatuneError for whatever is wrong with them, every bad row at once."""
     data, base = recipe.data, locate(recipe.base)
+    if recipe.quantize is not None:
+        require(recipe.quantize)
     config = read_config(base, weights=weights)
     tokenizer = load_tokenizer(base)
     source = load(data.train, format=data.format, columns=data.columns, split=data.split)
@@ -169,10 +168,11 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
         tell(text)
     memory.warm(ready.dtype)
     process = memory.held() if processes.device.type == "cpu" else 0
-    packing = ready.may_pack()
-    options, estimate = ready.sized(process, packing, processes)
+    may = ready.may_pack()
+    options, estimate = ready.sized(process, may, processes)
     planned = ready.plan()
-    model = load_base(ready.base, ready.task, dtype=ready.dtype, labels=ready.rows.label_names)
+    model = load_base(ready.base, ready.task, dtype=ready.dtype, labels=ready.rows.label_names,
+                      quantize=recipe.quantize)  # fmt: skip
     if model.config.pad_token_id is None:
         model.config.pad_token_id = ready.tokenizer.pad_token_id
     torch.manual_seed(recipe.seed)
@@ -183,7 +183,7 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
         assert planned is not None
         tell(f"{len(planned.sites)} sites, {planned.trained:,} trained parameters "
              f"({100 * planned.trained / planned.total:.2f} % of {planned.total:,})")  # fmt: skip
-    packing = _packs(model, packing, recipe.data.packing)
+    packing = packs(model, may, recipe.data.packing, options, ready.max_length)
     tell(str(estimate))
     if processes.main:
         output.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
     if known is not None:
         gap = known.total / peak - 1
         tell(f"memory: {peak / 2**30:.2f} GiB at most, {known.total / 2**30:.2f} GiB estimated ({gap:+.0%})")
-    return Outcome(output, saved, result, ready.rows.summary, planned, packing, known, peak)
+    return Outcome(output, saved, result, ready.rows.summary, planned, packing != "none", known, peak)
 
 
 def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Sequence[Mapping[str, Any]], *,
@@ -234,11 +234,14 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
     max_length, _ = _length(given.max_length, model.config, tokenizer)
     encoded = encode(source, tokenizer, given, task, max_length)
     rows, other = held(encoded, given, tokenizer, task, max_length, told.seed)
-    packing = _wanted(given, told, task) and (adapter is None or _pointwise(adapter))
-    packing = _packs(model, packing, given.packing)
+    may = wanted(given, told, task) and (adapter is None or pointwise(adapter))
+    packing = packs(model, may, given.packing, told, max_length)
     processes = Processes()
     if told.tokens_per_batch is None and told.batch_size is None and processes.device.type == "cpu":
-        size = max(min(ON_CPU, told.tokens_per_step or TOKENS_PER_STEP), max_length if packing else max(map(len, rows)))
+        size = max(
+            min(ON_CPU, told.tokens_per_step or TOKENS_PER_STEP),
+            max_length if packing != "none" else max(map(len, rows)),
+        )
         told = told.model_copy(update={"tokens_per_batch": size})
     share = {"rank": processes.rank, "world": processes.world}
     settled = (tokenizer, told, task, packing, max_length, told.seed)
@@ -266,31 +269,6 @@ def held(rows: Encoded, data: Data, tokenizer: PreTrainedTokenizerBase, task: Ta
     return rows, encode(other, tokenizer, data, task, max_length, rows.label_names)
 
 
-def batches(rows: Encoded, tokenizer: PreTrainedTokenizerBase, options: TrainOptions, task: Task, packing: bool,
-            max_length: int, seed: int, *, rank: int = 0, world: int = 1) -> Batches:  # fmt: skip
-    longest = max_length if packing else max(map(len, rows))
-    step = options.tokens_per_step or TOKENS_PER_STEP
-    if packing and options.batch_size is None and (options.tokens_per_batch or step) < longest:
-        longest = max(options.tokens_per_batch or step, max(map(len, rows)))  # a row need not be longer than a step
-    size: dict[str, Any] = {**options.batching(longest, world)}
-    return Batches(
-        rows.examples, pad=tokenizer.pad_token_id or 0, task=task, packing=packing, max_length=longest,
-        group_by_length=not packing, seed=seed, rank=rank, world=world, **size,
-    )  # fmt: skip
-
-
-def largest(found: Batches) -> Shape:
-    """The largest of the first batches of an epoch, in tokens and in tokens that carry loss."""
-    rows = length = trained = target = 0
-    for _, batch in zip(range(LOOKED_AT), found.once(), strict=False):
-        b, t = batch.inputs["input_ids"].shape
-        if b * t > rows * length:
-            rows, length = b, t
-        trained = max(trained, batch.trained_tokens)
-        target = max(target, batch.labels.shape[-1] if batch.labels.ndim > 1 else 0)
-    return Shape(rows, length, trained, found.task, target)
-
-
 def _task(source: Dataset, config: Any) -> Task:
     kind = type(source.items[0])
     usual: dict[type, Task] = {Labelled: "classification", Tagged: "tagging"}
@@ -316,47 +294,6 @@ def _with_head(method: Method) -> Method:
     if any(isinstance(part, Tune) and part.targets in (None, Part("head")) for part in method.parts()):
         return method
     return Union(methods=(*method.parts(), Tune(targets=Part("head"))))
-
-
-def _wanted(data: Data, options: TrainOptions, task: Task) -> bool:
-    """Rows that are counted stay apart unless asked otherwise: a packed row is not one of the file's."""
-    usual = options.batch_size is None if data.packing is None else data.packing
-    return usual and task == "causal"
-
-
-def _pointwise(adapter: Adapter) -> bool:
-    """Whether its units see one token at a time: none is at the attention function, or around a whole backbone."""
-    return not any(
-        place == ATTENTION or (place == CALL and any(isinstance(m, torch.nn.ModuleList) for m in module.children()))
-        for _, module, _, place in adapter.sites()
-    )
-
-
-def _packs(model: Any, may: bool, asked: bool | None) -> bool:
-    packing = may and apart(model)
-    if asked and not packing:
-        why = "the base lets packed rows see one another" if may else "the task or the method needs a row each"
-        raise DeltatuneError(f"data.packing: true is not possible: {why}; leave it out")
-    return packing
-
-
-@torch.no_grad()
-def apart(model: Any) -> bool:
-    """Whether documents in a packed row give the logits that each gives alone: whether the model tells them apart."""
-    ids = [[3, 4, 5, 6, 7], [8, 9, 10], [6, 5, 4]]
-    one, two, three = (Example(i, list(i)) for i in ids)
-    training = model.training
-    model.eval()
-    try:
-        rows = packed([[one, two], [three, two, three]], 0).to(model.device)
-        got = model(**rows.inputs).logits.float()[0, 5:8]
-        alone = model(**padded([two], 0).to(model.device).inputs).logits.float()[0]
-    except (TypeError, ValueError, RuntimeError, IndexError):
-        return False
-    finally:
-        model.train(training)
-    exact = next(model.parameters()).dtype is torch.float32
-    return bool((got - alone).abs().max() <= (1e-3 if exact else 5e-2) * alone.abs().max())
 
 
 def _free(output: Path, resume: bool) -> None:
@@ -388,6 +325,8 @@ def _save(model: Any, adapter: Adapter | None, folder: Path, ready: Prepared) ->
         config["task_type"] = next(name for name, task in PEFT_TASKS.items() if task == ready.task)
         if ready.rows.label_names is not None:
             config["deltatune"]["labels"] = ready.rows.label_names
+        if ready.recipe.quantize is not None:
+            config["deltatune"]["quantize"] = ready.recipe.quantize
         write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     if ready.rows.summary.template is not None:
         used = resolve(ready.recipe.data.template, tokenizer)

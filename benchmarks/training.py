@@ -1,0 +1,81 @@
+"""Training speed and memory, stack against stack and trick by trick.
+
+    python benchmarks/training.py --data alpaca.json [--repeats 3] [--seconds 25] [--only NAME ...]
+
+Each stack of `contenders.py` runs in a process of its own, one after the other, the whole sequence `--repeats` times;
+printed are medians, and ratios of medians. Nothing else may run on the machine meanwhile: two processes of several
+threads slow each other manyfold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from contenders import NATIVE, STACKS
+
+REFERENCES = ("reference, native precision", "reference, larger batch by length", "reference, packed",
+              "reference, TRL packed")  # fmt: skip
+LADDER = ("plain", "+ packed rows", "+ chunked loss", "+ one node a linear", "+ blocked attention",
+          "+ shared beginnings")  # fmt: skip
+BEST = LADDER[-1]
+
+
+def measured(name: str, data: str, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, str(Path(__file__).with_name("contenders.py")), name, "--data", data]
+    done = subprocess.run([*command, "--seconds", str(seconds)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"  {name}: {found['rate']:.0f} tokens/s, {found['peak'] / 2**30:.2f} GiB", file=sys.stderr, flush=True)
+    return found
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{os.cpu_count()} cores of {name}, native precision {str(NATIVE)[6:]}"
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    args.add_argument("--data", required=True, help="rows in alpaca's format")
+    args.add_argument("--repeats", type=int, default=3)
+    args.add_argument("--seconds", type=float, default=25)
+    args.add_argument("--only", nargs="+", choices=STACKS, default=list(STACKS))
+    given = args.parse_args()
+    packages = ("torch", "transformers", "peft", "trl")
+    print(", ".join(f"{p} {version(p)}" for p in packages), "on", processor(), end="\n\n")
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in given.only}
+    for _ in range(given.repeats):
+        for name in given.only:
+            runs[name].append(measured(name, given.data, given.seconds))
+    medians = {n: {k: statistics.median(run[k] for run in found) for k in found[0] if k != "name"}
+               for n, found in runs.items()}  # fmt: skip
+    table(medians)
+
+
+def table(found: dict[str, dict[str, float]]) -> None:
+    tutorial = found.get("tutorial")
+    best = max((found[n] for n in REFERENCES if n in found), key=lambda f: f["rate"], default=None)
+    plain = found.get("plain")
+    print("| stack | tokens/s | GiB above the weights | / tutorial | / best reference | / plain | share of ceiling |")
+    print("|---|---|---|---|---|---|---|")
+    for name, one in found.items():
+        ratios = [f"{one['rate'] / other['rate']:.2f}" if other else "" for other in (tutorial, best, plain)]
+        share = f"{one['share']:.0%} of {one['gemm']:.0f} GF/s" if "share" in one else f"(GEMM {one['gemm']:.0f} GF/s)"
+        print(f"| {name} | {one['rate']:.0f} | {one['peak'] / 2**30:.2f} | {' | '.join(ratios)} | {share} |")
+    if BEST in found and "full fine-tuning" in found:
+        print(f"\nLoRA takes {found['full fine-tuning']['rate'] / found[BEST]['rate']:.2f} of full fine-tuning's time.")
+
+
+if __name__ == "__main__":
+    main()

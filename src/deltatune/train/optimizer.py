@@ -1,0 +1,44 @@
+"""AdamW, with its moments in fp32, or in 8 bits (Dettmers et al., ICLR 2022, arXiv:2110.02861).
+
+An 8-bit moment is a code for each value and an fp32 scale for every 256; parameters below 4096 values keep fp32. Paged,
+the moments leave the accelerator when its memory runs short and come back for the step (arXiv:2305.14314, sec. 3).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from deltatune.core.callback import Groups
+from deltatune.core.errors import DeltatuneError
+from deltatune.train.options import TrainOptions
+
+SMALL, BLOCK = 4096, 256  # values: of a parameter that keeps fp32 moments, and of those that share a scale
+
+
+def make(groups: Groups, options: TrainOptions, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that `options` name. Raises DeltatuneError when its library is missing."""
+    how = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
+    if options.optimizer == "adamw":
+        floats = all(p.is_floating_point() for g in groups for p in g["params"])
+        return torch.optim.AdamW(groups, fused=floats and device.type in ("cuda", "cpu"), **how)  # type: ignore[arg-type]
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise DeltatuneError(
+            f"train.optimizer: {options.optimizer} needs bitsandbytes, which is not installed: "
+            "pip install 'deltatune[quant]', or take adamw"
+        )
+    from bitsandbytes import optim
+
+    paged = options.optimizer == "paged_adamw_8bit" and device.type == "cuda"  # elsewhere there is nothing to page
+    made: torch.optim.Optimizer = (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **how)
+    return made
+
+
+def state_bytes(parameters: Iterable[Tensor], options: TrainOptions) -> int:
+    """Bytes of both moments of each parameter."""
+    if options.optimizer == "adamw":
+        return sum(2 * p.numel() * p.element_size() for p in parameters)
+    return sum(2 * (4 * n if n < SMALL else n + 4 * -(-n // BLOCK)) for n in (p.numel() for p in parameters))

@@ -1,0 +1,98 @@
+"""Blocked attention against a mask written token by token, in double precision."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltatune.kernels import attention
+from deltatune.kernels.attention import Blocks, attend
+
+
+def tensors(blocks, heads=4, kv=2, d=3, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    sizes = (heads, kv, kv)
+    return [torch.randn(1, n, blocks.total, d, generator=g, dtype=dtype).requires_grad_() for n in sizes]
+
+
+def sees(blocks, i, j):
+    """Whether token i attends to token j, from the lengths alone."""
+
+    def document(t):
+        t -= blocks.shared
+        for n, length in enumerate(blocks.lengths):
+            if t < length:
+                return -1 if t < 0 else n
+            t -= length
+
+    return j <= i and (j < blocks.shared or document(i) == document(j))
+
+
+def explicit(q, k, v, blocks, scale):
+    rows = []
+    for h in range(q.shape[1]):
+        kh = h // (q.shape[1] // k.shape[1])
+        for i in range(blocks.total):
+            js = [j for j in range(blocks.total) if sees(blocks, i, j)]
+            p = torch.softmax(torch.stack([q[0, h, i] @ k[0, kh, j] for j in js]) * scale, 0)
+            rows.append(sum(w * v[0, kh, j] for w, j in zip(p, js, strict=True)))
+    return torch.stack(rows).view(q.shape[1], blocks.total, -1).transpose(0, 1)[None]
+
+
+layouts = st.builds(Blocks, st.integers(0, 4), st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple))
+
+
+@settings(max_examples=30, deadline=None)
+@given(layouts, st.sampled_from([(4, 2), (2, 2), (3, 1)]), st.sampled_from([1, 2, 3, 128]))
+def test_outputs_and_gradients(blocks, heads, piece):
+    old, attention.PIECE = attention.PIECE, piece
+    try:
+        blocks = Blocks(blocks.shared, blocks.lengths)
+        q, k, v = tensors(blocks, *heads)
+        got = attend(q, k, v, blocks, 0.6)
+        want = explicit(q, k, v, blocks, 0.6)
+        torch.testing.assert_close(got, want)
+        g = torch.randn_like(want)
+        for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True):
+            torch.testing.assert_close(a, b)
+    finally:
+        attention.PIECE = old
+
+
+def test_gradcheck():
+    blocks = Blocks(2, (3, 1, 2))
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, blocks), tensors(blocks))
+
+
+def test_long_documents_in_single_precision_agree_with_a_mask():
+    blocks = Blocks(24, (300, 129, 1, 128))
+    q, k, v = tensors(blocks, 4, 2, 16, torch.float32)
+    mask = torch.tensor([[sees(blocks, i, j) for j in range(blocks.total)] for i in range(blocks.total)])
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(attend(q, k, v, blocks), want, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_has_the_same_layout():
+    blocks = Blocks(3, (5, 130, 2))
+    q, k, v = (t.detach() for t in tensors(blocks, 4, 2, 16, torch.float32))
+    got = attention.flex_attention(q, k, v, block_mask=blocks.mask(q.device), scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(got.transpose(1, 2), attend(q, k, v, blocks, 0.25), atol=1e-5, rtol=1e-5)
+    assert blocks.mask(q.device) is blocks.mask(q.device)
+
+
+def test_nothing_is_computed_across_documents():
+    blocks = Blocks(0, (100,) * 8)
+    cells = sum((p.stop - p.start) * (p.shared + p.stop - p.begin) for p in blocks.pieces)
+    assert cells == 8 * 100 * 100 and cells < blocks.total**2 / 7
+    long = Blocks(0, (1024,))
+    cells = sum((p.stop - p.start) * (p.stop - p.begin) for p in long.pieces)
+    assert math.isclose(cells / 1024**2, 0.5 + 0.5 / 8)  # of the future, only what is inside a piece
+
+
+def test_a_wrong_length_is_refused():
+    q, k, v = tensors(Blocks(0, (4,)))
+    with pytest.raises(ValueError, match="4 queries for a layout of 5 tokens"):
+        attend(q, k, v, Blocks(1, (4,)))
