@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any
 
 _CORE = (
-    "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "Union", "activate", "adapters", "attach", "detach", "initialise", "load",
-    "merge", "plan", "save", "unmerge", "using",
+    "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "Union", "activate", "adapters", "attach", "detach",
+    "initialise", "load", "merge", "plan", "save", "unmerge", "using",
 )  # fmt: skip
 _PACKAGES = (
     "callbacks",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltatune.kernels.cross_entropy import CHUNK, Loss, head_cross_entropy, linear_cross_entropy
+from deltatune.kernels.device import standing_for
 
 IGNORED = -100
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -265,7 +266,9 @@ def test_a_parameter_that_only_some_rows_use_is_refused() -> None:
 def test_shapes_are_enough_on_the_meta_device() -> None:
     hidden = torch.empty(6, 4, device="meta", requires_grad=True)
     weight, targets = torch.empty(9, 4, device="meta"), torch.empty(6, dtype=torch.long, device="meta")
-    linear_cross_entropy(hidden, weight, targets, dtype=torch.bfloat16).total.backward()
+    with standing_for("cpu", torch.bfloat16), Seen() as seen:
+        linear_cross_entropy(hidden, weight, targets).total.backward()
+    assert ("addmm_", 6 * 9, torch.bfloat16) in seen.made
     assert hidden.grad is not None and hidden.grad.shape == (6, 4)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import deltatune as dt
+from deltatune.inits.loftq import alternate
 from deltatune.models.loading import load_base
 from deltatune.models.quantise import dequantise
 from deltatune.models.tiny import inputs, tiny
@@ -119,6 +120,28 @@ def test_the_error_falls_with_iterations_as_in_float64(net, folder, alpha) -> No
         errors += gaps(twin, adapter, folder).values()
     assert errors == sorted(errors, reverse=True) and errors[4] < 0.97 * errors[0] < errors[0] < 0.9 * plain
     np.testing.assert_allclose(errors, np.minimum.accumulate(reference), rtol=5e-3)
+
+
+def test_the_best_of_the_iterations_is_kept() -> None:
+    """A quantiser that fails at its third use, as few bits do by themselves."""
+
+    class Site:
+        written: list[torch.Tensor] = []
+        weight = torch.zeros(6, 5)
+
+        def write(self, w: torch.Tensor) -> None:
+            self.written.append(w)
+            self.weight = torch.zeros(6, 5) if len(self.written) == 2 else w.sign() * w.abs().mean()
+
+    torch.manual_seed(0)
+    w, site = torch.randn(6, 5), Site()
+    _, delta = next(dt.attach(torch.nn.Sequential(torch.nn.Linear(5, 6)), dt.LoRA(r=2, targets="0")).units())
+    site.weight = w.sign() * w.abs().mean()
+    b, a = alternate(dt.LoftQ(iterations=3), delta, site, w, 3, None)  # type: ignore[arg-type]
+    left = torch.linalg.matrix_norm(w - site.weight - delta.s * b @ a)
+    assert len(site.written) == 3 and torch.equal(site.written[2], site.written[0])  # the second of three was best
+    sigma = torch.linalg.svdvals(w - site.weight)
+    torch.testing.assert_close(left, sigma[2:].norm(), rtol=1e-4, atol=0)
 
 
 def test_one_iteration_takes_the_leading_part_of_what_rounding_lost(net, folder) -> None:  # type: ignore[no-untyped-def]
@@ -242,13 +265,9 @@ def test_pissa_on_a_quantised_base_starts_at_it(net) -> None:  # type: ignore[no
 
 def test_what_is_wrong_is_said_and_nothing_is_left(net, folder, tmp_path) -> None:  # type: ignore[no-untyped-def]
     before = bits(net)
-    with pytest.raises(
-        dt.DeltatuneError, match=r"LoftQ: model\..*\.q_proj is not quantised; .*PiSSA"
-    ):
+    with pytest.raises(dt.DeltatuneError, match=r"LoftQ: model\..*\.q_proj is not quantised; .*PiSSA"):
         dt.attach(whole(folder), dt.LoRA(init=dt.LoftQ(), targets="q_proj"))
-    with pytest.raises(
-        dt.DeltatuneError, match=f"before quantisation is not in {tmp_path}; give the init `source`"
-    ):
+    with pytest.raises(dt.DeltatuneError, match=f"before quantisation is not in {tmp_path}; give the init `source`"):
         dt.attach(net, dt.LoRA(init=dt.LoftQ(source=str(tmp_path))))
     with pytest.raises(dt.DeltatuneError, match="is not in nobody/nothing"):
         dt.attach(net, dt.LoRA(init=dt.LoftQ(source="nobody/nothing")))

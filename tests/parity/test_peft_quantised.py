@@ -16,6 +16,28 @@ from deltatune.models.tiny import inputs, tiny
 pytest.importorskip("bitsandbytes")
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
+def test_the_tutorial_of_four_bits_runs_on_the_drop_in(kind, tmp_path):
+    from deltatune.interop.peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(0)
+    tiny("llama").save_pretrained(tmp_path)
+    net = prepare_model_for_kbit_training(load_base(tmp_path, quantize=kind, dtype=torch.bfloat16))
+    assert net.model.norm.weight.dtype == torch.float32
+    net = get_peft_model(net, LoraConfig(r=4, task_type="CAUSAL_LM"))
+    trained, every = net.get_nb_trainable_parameters()
+    assert every - trained == sum(p.numel() for p in tiny("llama").parameters())
+    given = inputs(net)
+    losses = []
+    optimizer = torch.optim.AdamW((p for p in net.parameters() if p.requires_grad), lr=1e-2)
+    for _ in range(6):
+        losses.append(net.train()(**given, labels=given["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("kind,dora", [("nf4", False), ("nf4", True), ("int8", False)])  # PEFT's own DoRA fails on int8
 def test_files_written_here_give_the_same_outputs_there(kind, dora, tmp_path):
     torch.manual_seed(0)

@@ -13,7 +13,15 @@ from deltatune.data import Batches, Example, packed, padded
 from deltatune.methods.lora import LoRA
 from deltatune.models.tiny import tiny
 from deltatune.routers.per_row import PerRow
+from deltatune.train import loss
 from deltatune.train.loss import evaluate, outcome
+
+
+@pytest.fixture(params=["chunks", "logits"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to the loss of a language model: by chunks of rows, and by the logits of all trained tokens."""
+    if request.param == "logits":
+        monkeypatch.setattr(loss, "loss_by_chunks", lambda *a: None)
 
 
 def _documents(lengths: Sequence[int] = (9, 5, 7), prompt: int = 3) -> list[Example]:
@@ -43,7 +51,7 @@ def _trained_head(model: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom", "opt"])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_causal_loss_is_the_sum_over_trained_tokens_of_each_document(family: str, adapted: bool) -> None:
+def test_a_causal_loss_is_the_sum_over_trained_tokens_of_each_document(family: str, adapted: bool, way: None) -> None:
     torch.manual_seed(0)
     model: Any = tiny(family, **({"final_logit_softcapping": 3.0} if family == "gemma2" else {}))
     if adapted:
@@ -59,7 +67,8 @@ def test_a_causal_loss_is_the_sum_over_trained_tokens_of_each_document(family: s
         assert outcome(model, both, "causal").total.item() == pytest.approx(want, rel=2e-6)
 
 
-def test_the_head_sees_only_positions_that_carry_loss() -> None:
+def test_where_logits_are_made_they_are_of_positions_that_carry_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "loss_by_chunks", lambda *a: None)
     model: Any = tiny("llama")
     seen: list[torch.Size] = []
     model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.shape))
@@ -69,7 +78,7 @@ def test_the_head_sees_only_positions_that_carry_loss() -> None:
     assert not model.lm_head._forward_pre_hooks
 
 
-def test_gradients_are_those_of_the_whole_logits() -> None:
+def test_gradients_are_those_of_the_whole_logits(way: None) -> None:
     torch.manual_seed(0)
     model: Any = tiny("llama")
     batch = padded(_documents(), pad=0)
@@ -100,7 +109,7 @@ def test_rows_with_adapters_of_their_own_keep_all_logits() -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_a_sequence_to_sequence_loss_is_the_models_own(family: str) -> None:
+def test_a_sequence_to_sequence_loss_is_the_models_own(family: str, way: None) -> None:
     torch.manual_seed(0)
     model: Any = tiny(family)
     examples = [Example([5, 6, 7, 2], [9, 8, 2], "a"), Example([11, 2], [12, 13, 14, 2], "b")]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +27,60 @@ CALLBACKS: dict[str, list[Callback]] = {
     "periodic, plain": [dt.PeriodicLoRA(every=4, m=1)],
     "chain": [dt.ChainOfLoRA(links=3, ranks=(4, 2, 3), schedule="link")],
     "delta": [dt.DeltaLoRA(start_steps=5)],
+    "delta, at once": [dt.DeltaLoRA(start_steps=0)],
     "lora-fa": [dt.LoRAFA()],
     "lora-fa in cycles, lora+": [dt.LoRAFA(), dt.ReLoRA(every=4, warmup=2, restart=2), dt.LoRAPlus(ratio=4)],
 }
 
 
-def trained(name: str, output: Path | None, resume: bool = False, report: Any = None) -> tuple[Any, Any]:
+def trained(name: str, output: Path, resume: bool = False, report: Any = None) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = tiny("llama")
-    adapter = dt.attach(model, dt.LoRA(r=4, dropout=0.0 if name == "delta" else 0.1))
-    options = {"max_steps": STEPS, "lr": 5e-3, "tokens_per_step": 128, "eval_every": 5, "schedule": "constant"}
-    if output is not None:
-        options |= {"save_every": 4, "keep": "last"}
+    adapter = dt.attach(model, dt.LoRA(r=4, dropout=0.0 if name.startswith("delta") else 0.1))
+    options = TrainOptions(max_steps=STEPS, lr=5e-3, tokens_per_step=128, eval_every=5, save_every=4, keep="last",
+                           schedule="constant")  # fmt: skip
     fit(model, adapter, packed_batches(), eval_batches=Batches(documents(6, seed=9), batch_size=3), output=output,
-        options=TrainOptions(**options), resume=resume, report=report, callbacks=CALLBACKS[name])  # fmt: skip
+        options=options, resume=resume, report=report, callbacks=CALLBACKS[name])  # fmt: skip
     return model, adapter
 
 
-@pytest.mark.parametrize("cut", [7, 12, 13])
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, Any]]:
+    """(folder, model, adapter) of the whole run, once for each name."""
+
+    @cache
+    def run(name: str) -> tuple[Path, Any, Any]:
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, *trained(name, folder)
+
+    return run
+
+
+@pytest.mark.parametrize("cut", [7, 13])
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_a_run_that_was_cut_goes_on_bit_for_bit(name: str, cut: int, tmp_path: Path) -> None:
+def test_a_run_that_was_cut_goes_on_bit_for_bit(name: str, cut: int, unbroken: Any, tmp_path: Path) -> None:
     """Cut after checkpoints that fall at the end of a stage and within one."""
 
     def stop(record: Any) -> None:
         if record.get("step") == cut:
             raise RuntimeError("power cut")
 
-    _, whole = trained(name, tmp_path / "whole")
+    folder, _, whole = unbroken(name)
     with pytest.raises(RuntimeError, match="power cut"):
         trained(name, tmp_path / "cut", report=stop)
     _, rest = trained(name, tmp_path / "cut", resume=True)
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "cut") == losses(folder)
     want, found = whole.state_dict(), rest.state_dict()
     assert want.keys() == found.keys() and all(torch.equal(t, found[k]) for k, t in want.items())
     assert any("constant" in k for k in want) or name == "lora-fa"
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_the_base_rests_and_the_adapter_is_the_whole_change(name: str, tmp_path: Path) -> None:
+def test_the_base_rests_and_the_adapter_is_the_whole_change(name: str, unbroken: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = tiny("llama")
     before = {k: v.clone() for k, v in base.state_dict().items()}
-    model, adapter = trained(name, None)
+    _, model, adapter = unbroken(name)
     want = model.eval()(**inputs(model)).logits
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items() if "adapters" not in k.split("."))
     assert all(p.requires_grad for p in adapter.parameters())

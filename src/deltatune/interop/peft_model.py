@@ -296,7 +296,7 @@ def prepare_model_for_kbit_training(model: Any, use_gradient_checkpointing: bool
     quantised = getattr(model, "is_quantized", False)
     for p in model.parameters():
         p.requires_grad_(False)
-        if p.dtype in (torch.float16, torch.bfloat16) and type(p).__name__ != "Params4bit":
+        if p.dtype in (torch.float16, torch.bfloat16) and type(p) is torch.nn.Parameter:
             p.data = p.data.float()
     if quantised and use_gradient_checkpointing:
         options = gradient_checkpointing_kwargs or {}

@@ -42,16 +42,16 @@ class Loss(NamedTuple):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
                          scale: float = 1.0, cap: float | None = None, smoothing: float = 0.0, ignored: int = -100,
-                         dtype: torch.dtype | None = None, chunk: int | None = None) -> Loss:  # fmt: skip
+                         chunk: int | None = None) -> Loss:  # fmt: skip
     """hidden (..., h), weight (vocabulary, h), targets (...). Rows whose target is `ignored` never reach the head.
 
-    Products run in `dtype`, else in autocast's precision, else in the weight's; the softmax in fp32, or fp64 where they
-    do. `chunk`: bytes of logits at a time."""
+    Products run in the weight's precision, or autocast's; the softmax in fp32, or fp64 where they do. `chunk`: bytes of
+    logits at a time."""
     rule = _Rule(scale, cap, smoothing)
     hidden, targets = _kept(hidden, targets, ignored)
     needs = tuple(torch.is_grad_enabled() and p is not None and p.requires_grad for p in (hidden, weight, bias))
-    dtype, chunk = dtype or _product_dtype(weight), chunk or chunk_bytes(hidden)
-    total, correct = _Linear.apply(hidden, weight, bias, targets, rule, needs, dtype, chunk)
+    rows = _rows(len(targets), len(weight), _wide(_product_dtype(weight)), chunk or chunk_bytes(hidden))
+    total, correct = _Linear.apply(hidden, weight, bias, targets, rule, needs, rows)
     return Loss(total, len(targets), correct)
 
 
@@ -124,9 +124,9 @@ class _Rule:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rule: _Rule,
-                needs: tuple[bool, bool, bool], dtype: torch.dtype, chunk: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-        n, vocabulary, wide = len(targets), len(weight), _wide(dtype)
-        rows = _rows(n, vocabulary, wide, chunk)
+                needs: tuple[bool, bool, bool], rows: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+        n, vocabulary, dtype = len(targets), len(weight), _product_dtype(weight)
+        wide = _wide(dtype)
         wide_logits = hidden.new_empty(rows, vocabulary, dtype=wide)
         logits = wide_logits if dtype is wide else torch.empty_like(wide_logits, dtype=dtype)
         slope = None if rule.cap is None else torch.empty_like(wide_logits)
@@ -169,7 +169,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return *_times(ctx, grad), None, None, None, None, None
+        return *_times(ctx, grad), None, None, None, None
 
 
 class _Called(torch.autograd.Function):

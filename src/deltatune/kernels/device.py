@@ -1,4 +1,4 @@
-"""The device that tensors are for. Those on "meta" have shapes alone, and stand for tensors of a device that is named."""
+"""The device that tensors are for. Those on "meta" are shapes alone, and stand for tensors of a device of some kind."""
 
 from __future__ import annotations
 

@@ -76,13 +76,18 @@ def blocked(model: nn.Module) -> Iterator[None]:
             config._attn_implementation_internal = PLAIN
 
 
+def may_block(model: Any, longest: int) -> bool:
+    """What of `blockable` the configuration can say."""
+    of = configs(model)
+    return all(c._attn_implementation in (PLAIN, NAME) and _window(c, longest) >= longest for c in of)
+
+
 @torch.no_grad()
 def blockable(model: Any, longest: int) -> bool:
     """Whether documents in blocks, what they share computed once, give the logits that each gives alone: tried on a few
     tokens. `longest`: tokens of the longest document, which must fit into a sliding window."""
-    for config in configs(model):
-        if config._attn_implementation not in (PLAIN, NAME) or _window(config, longest) < longest:
-            return False
+    if not may_block(model, longest):
+        return False
     shared, ends = [3, 4, 5], ([6, 7, 8, 9], [9, 10], [6, 5, 4])
     training, device, exact = model.training, model.device, next(model.parameters()).dtype is torch.float32
     ids = torch.tensor([[*shared, *(t for end in ends for t in end)]], device=device)

@@ -44,12 +44,12 @@ def loss_by_chunks(model: Any, inputs: Mapping[str, Any], targets: Tensor, ignor
     key: _Key = candidates(model), tuple(model._forward_hooks), [ref(one) for one in used if one is not None]
     known, how = _KNOWN.get(model, ((), None))
     new = known != key
-    if not (acts_on_weights(model, head) if new else how):
+    if not (_acts_on_weights(model, head) if new else how):
         _KNOWN[model] = key, None
         return None
 
     cpu, (devices, states) = torch.get_rng_state(), get_device_states(targets)
-    tap = _Tap(targets.shape, rows=0 if is_plain(head) else 1)
+    tap = _Tap(targets.shape, rows=0 if _is_plain(head) else 1)
     with tap.at(head):
         logits = model(**inputs).logits
     if tap.hidden is None or tap.probe is None or logits.shape != tap.probe.shape:
@@ -62,20 +62,15 @@ def loss_by_chunks(model: Any, inputs: Mapping[str, Any], targets: Tensor, ignor
         set_device_states(devices, states)
         return None
 
-    return loss_of(model, tap.hidden, targets, how, ignored=ignored)
+    return _loss(head, tap.hidden, targets, how, how.shift(model), ignored)
 
 
-def loss_of(model: Any, hidden: Tensor, targets: Tensor, how: Treatment, dtype: torch.dtype | None = None,
-            **options: Any) -> Loss:  # fmt: skip
-    """That of hidden states as they come to the head of `model`, which treats its logits as `how` says.
-
-    dtype: of a plain head's products; by default autocast's, or the weight's."""
-    head: Any = head_of(model)
-    shift = how.shift(model)
-    options |= {"scale": how.scale, "cap": how.cap}
-    if is_plain(head) and head.weight.device == hidden.device:
+def _loss(head: Any, hidden: Tensor, targets: Tensor, how: Treatment, shift: Tensor | None, ignored: int) -> Loss:
+    """That of hidden states as they come to the head."""
+    options: dict[str, Any] = {"scale": how.scale, "cap": how.cap, "ignored": ignored}
+    if _is_plain(head) and head.weight.device == hidden.device:
         bias = head.bias if shift is None else shift if head.bias is None else head.bias + shift
-        return linear_cross_entropy(hidden, head.weight, targets, bias, dtype=dtype, **options)
+        return linear_cross_entropy(hidden, head.weight, targets, bias, **options)
 
     def call(x: Tensor) -> Tensor:
         y = head(x[None])[0]
@@ -90,7 +85,7 @@ def _units(module: nn.Module) -> list[tuple[Any, str]]:
     return [pair for n in slot.switch.active().names for pair in slot.at(n)] if isinstance(slot, Slot) else []
 
 
-def acts_on_weights(model: nn.Module, head: nn.Module) -> bool:
+def _acts_on_weights(model: nn.Module, head: nn.Module) -> bool:
     """Whether the active adapters leave alone what the head returns: they may begin by changing nothing in it."""
     for _, module, slot in slots(model):
         if any(head is m for m in module.modules()):
@@ -101,7 +96,7 @@ def acts_on_weights(model: nn.Module, head: nn.Module) -> bool:
     return True
 
 
-def is_plain(head: Any) -> bool:
+def _is_plain(head: Any) -> bool:
     """Whether calling it is a product with its weight, plus its bias, and nothing that others have added."""
     added = _units(head) or head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
     return plain_class(type(head)) is nn.Linear and not added and type(head.weight) in (Tensor, nn.Parameter)

@@ -33,7 +33,7 @@ from deltatune.data.packing import Batch
 from deltatune.kernels.attention import Blocks
 from deltatune.kernels.device import standing_for
 from deltatune.models import quantise
-from deltatune.models.blocks import blocked
+from deltatune.models.blocks import Unsuitable, blocked
 from deltatune.train import optimizer
 from deltatune.train.head import head_of
 from deltatune.train.loss import outcome
@@ -41,10 +41,9 @@ from deltatune.train.options import TrainOptions
 from deltatune.train.recompute import Recompute, recomputing
 
 META = torch.device("meta")
-# After its first step glibc takes tensors below 32 MiB from its heap, where what is kept lies between freed
-# intermediates. Resident memory then exceeds the sum of tensors by 0.4 to 0.6 of what the blocks keep, or would keep
-# without checkpointing; by nothing when every tensor is mapped by itself.
-SCATTERED = 0.5
+# What is kept lies between freed intermediates on the heap, where glibc puts every tensor (see `kept_freed`). Resident
+# memory then exceeds the sum of tensors by 0.45 to 0.75 of what the blocks keep, or would keep without checkpointing.
+SCATTERED = 0.6
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Shape:
 class Estimate:
     """Bytes at the peak of a training step, by what holds them.
 
-    `loss` is a chunk of logits and the gradient made of them, `backward` what the backward pass adds at the peak, `allocator` what
-    is lost between tensors, `process` the interpreter and its libraries."""
+    `loss` is a chunk of logits and the gradient made of them, `backward` what the backward pass adds at the peak,
+    `allocator` what is lost between tensors, `process` the interpreter and its libraries."""
 
     base: int
     adapter: int
@@ -240,7 +239,7 @@ def estimate(model: Any, method: Method | None, shape: Shape, options: TrainOpti
         found = whole = step(model, adapter, shape, dtype, device)
         if again != "none":
             found = step(model, adapter, shape, dtype, device, again)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, Unsuitable) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DeltatuneError(f"no memory estimate for {type(method).__name__}: {why}") from error
     own = 0 if adapter is None else _bytes(iter(adapter.state_dict().values()))

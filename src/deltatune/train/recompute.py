@@ -74,7 +74,7 @@ class _Products:
                 )
             return CheckpointPolicy.MUST_SAVE
         if not op.is_view:
-            self.read.update(_storage(t) for t in args if isinstance(t, Tensor))
+            self.read |= {_storage(t) for t in args if isinstance(t, Tensor)} & self.kept
         return CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -40,6 +40,7 @@ from deltatune.data.encode import Task
 from deltatune.data.formats import Labelled, Tagged
 from deltatune.data.templates import NAMED, adds_bos, resolve
 from deltatune.methods.tune import Tune
+from deltatune.models.blocks import may_block
 from deltatune.models.loading import TASKS, load_base, load_tokenizer, locate, read_config
 from deltatune.models.quantise import require
 from deltatune.train import memory
@@ -107,6 +108,8 @@ class Prepared:
         options = self.recipe.train
         packing = self.may_pack() if packing is None else packing
         how: Packing = "rows" if packing else "none"
+        if packing and options.batch_size is None and may_block(self.blank(), self.max_length):
+            how = "blocks"
         world = 1 if processes is None else processes.world
         choose = options.tokens_per_batch is None and options.batch_size is None
         step = (options.tokens_per_step or TOKENS_PER_STEP) // world
@@ -121,7 +124,10 @@ class Prepared:
                 found = memory.estimate(self.blank(), self.method, shape, options, dtype=self.dtype,
                                         device=self.device, process=process, quantize=self.recipe.quantize)  # fmt: skip
             except DeltatuneError as error:
-                return options, error
+                if how != "blocks":
+                    return options, error
+                how = "rows"  # the model asks of its attention what a layout of blocks cannot do
+                continue
             size = options.tokens_per_batch or step
             if not choose or found.total <= memory.available(self.device) // 2 or size // 2 < longest:
                 return options, found
