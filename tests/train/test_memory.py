@@ -133,7 +133,7 @@ def test_documents_in_one_row_cost_what_they_cost_apart() -> None:
 @pytest.mark.parametrize("method", [dt.PromptTuning(), dt.PrefixTuning(), dt.Mixture(), dt.DoRA(), dt.Houlsby()])
 def test_methods_have_a_figure(method: dt.Method) -> None:
     found = _estimate(rows=4, trained=100, method=method)
-    assert found.adapter == found.gradients > 0 and found.activations > 0
+    assert found.adapter > 0 and found.optimizer == 2 * found.adapter and found.activations > 2**24
 
 
 def _faults() -> int:
@@ -147,9 +147,9 @@ def _faults() -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc alone")
 def test_freed_memory_is_kept_and_then_given_back() -> None:
     with memory.kept_freed():
-        torch.ones(10_000_000)
+        _faults()  # the first few make room
         kept, resident = _faults(), memory.held()
-    assert kept < 1000 < 50_000 < _faults()
+    assert kept < 20_000 < 90_000 < _faults()
     assert memory.held() < resident - 30_000_000
 
 

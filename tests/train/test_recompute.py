@@ -27,9 +27,9 @@ from deltatune.train.recompute import recomputing
 CPU = torch.device("cpu")
 ROWS = [Example([3, 4, 5, *range(6, 16 + i)], [-100] * 6 + [*range(9, 16 + i)], f"d{i}") for i in range(8)]
 METHODS = {
-    "lora": dt.LoRA(r=4, dropout=0.5), "dora": dt.DoRA(r=4, dropout=0.5), "ia3": dt.IA3(), "oft": dt.OFT(),
-    "houlsby": dt.Houlsby(), "loha": dt.LoHa(), "mixture": dt.Mixture(n=2), "prefix": dt.PrefixTuning(length=3),
-    "bitfit": dt.BitFit(),
+    "lora": dt.LoRA(r=4, dropout=0.5), "dora": dt.DoRA(inner=dt.LoRA(r=4, dropout=0.5)), "ia3": dt.IA3(),
+    "oft": dt.OFT(block_size=8), "houlsby": dt.Houlsby(), "loha": dt.LoHa(), "mixture": dt.Mixture(n=2),
+    "prefix": dt.PrefixTuning(length=3), "bitfit": dt.BitFit(),
 }  # fmt: skip
 
 

@@ -1,0 +1,25 @@
+"""Every recipe in `examples/` is a valid one, and what it names can be put on a model."""
+
+from pathlib import Path
+
+import pytest
+
+import deltatune as dt
+from deltatune.models.tiny import tiny
+from deltatune.train.recipe import Recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+def test_there_are_examples():
+    assert len(RECIPES) > 30
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_an_example_is_valid(path):
+    recipe = Recipe.read(path)
+    method = recipe.made_method()
+    assert recipe.train.lr and recipe.output
+    assert recipe.made_callbacks() is not None
+    if method is not None and not isinstance(getattr(method, "init", None), dt.LoftQ | dt.QPiSSA):
+        assert dt.plan(tiny("llama"), method).trained > 0
