@@ -165,6 +165,6 @@ def test_a_switch_is_a_choice_of_blocks() -> None:
 
 def test_a_run_is_the_same_whatever_it_keeps() -> None:
     runs = [whole_run(None, steps=3, activation_checkpointing=w)[2].history for w in ("none", "blocks", "products")]
-    want = [(r["loss"], r["grad_norm"]) for r in runs[0]]
-    for run in runs[1:]:
-        assert [(r["loss"], r["grad_norm"]) for r in run] == pytest.approx(want, rel=1e-5)
+    for name in ("loss", "grad_norm"):
+        want, *others = ([record[name] for record in run] for run in runs)
+        assert all(found == pytest.approx(want, rel=1e-5) for found in others)

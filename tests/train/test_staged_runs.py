@@ -44,6 +44,10 @@ def trained(name: str, output: Path, resume: bool = False, report: Any = None) -
     return model, adapter
 
 
+QUICK = ("relora", "periodic", "chain", "delta")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CALLBACKS]
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any, Any]]:
     """(folder, model, adapter) of the whole run, once for each name."""
@@ -56,7 +60,8 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return run
 
 
-@pytest.mark.parametrize("name,cut", [*((name, 7) for name in CALLBACKS), ("relora", 13), ("delta", 13)])
+@pytest.mark.parametrize("cut", [7, pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_was_cut_goes_on_bit_for_bit(name: str, cut: int, unbroken: Any, tmp_path: Path) -> None:
     """Cut after checkpoints that fall at the end of a stage and within one."""
 
@@ -74,7 +79,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(name: str, cut: int, unbroken: A
     assert any("constant" in k for k in want) or name == "lora-fa"
 
 
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_base_rests_and_the_adapter_is_the_whole_change(name: str, unbroken: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = tiny("llama")
