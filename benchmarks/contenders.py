@@ -109,7 +109,7 @@ def trainer_padded(examples: list[Example], tokenizer: Any, clock: Clock, dtype:
         seen.append(made.tokens)
         return {**made.inputs, "labels": made.labels}
 
-    data: Any = [{"example": e, "length": len(e)} for e in examples]
+    data: Any = [{"example": e, "input_ids": e.input_ids} for e in examples]  # whose lengths the sampler reads
     args = arguments(size, dtype, remove_unused_columns=False, **more)
     Trainer(reference(base(dtype)), args, collate, data, callbacks=[Stop(clock, seen)]).train()
 

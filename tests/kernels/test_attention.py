@@ -83,13 +83,23 @@ def test_flex_attention_has_the_same_layout():
     assert blocks.mask(q.device) is blocks.mask(q.device)
 
 
+def cells(blocks):
+    """Pairs of a query and a key that are multiplied."""
+    piece = attention.PIECE
+    return sum(n * piece * (g.shared + (i + 1) * piece) for g in blocks.groups[0] for i, n in enumerate(g.counts))
+
+
 def test_nothing_is_computed_across_documents():
-    blocks = Blocks(0, (100,) * 8)
-    cells = sum((p.stop - p.start) * (p.shared + p.stop - p.begin) for p in blocks.pieces)
-    assert cells == 8 * 100 * 100 and cells < blocks.total**2 / 7
-    long = Blocks(0, (1024,))
-    cells = sum((p.stop - p.start) * (p.stop - p.begin) for p in long.pieces)
-    assert math.isclose(cells / 1024**2, 0.5 + 0.5 / 8)  # of the future, only what is inside a piece
+    assert cells(Blocks(0, (128,) * 8)) == 8 * (64 * 64 + 64 * 128)
+    assert math.isclose(cells(Blocks(0, (1024,))) / 1024**2, 0.5 + 0.5 / 16)  # of the future, only what is in a piece
+    assert cells(Blocks(10, (64, 1, 200))) == 64 * 64 + 2 * 64 * 74 + 64 * (74 + 138 + 202 + 266)
+
+
+def test_padding_is_limited_whatever_the_lengths():
+    blocks = Blocks(0, (1024, 20, 30, 100, 600, 64, 65, 500))
+    assert sum(g.queries.numel() for g in blocks.groups[0]) <= 2 * (
+        blocks.total + len(blocks.lengths) * attention.PIECE
+    )
 
 
 def test_a_wrong_length_is_refused():

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import os
-import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -144,14 +144,20 @@ def test_it_goes_on_where_it_stopped_and_a_failure_is_a_line(recipe: Recipe, tmp
     assert compare(changed, ["IA3"], Budget(steps=2), folder) == [rows[0]]
 
 
-def test_a_process_that_is_killed_is_a_line_too(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_is_a_line_too(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    popen = subprocess.Popen
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        begun.append(popen(*args, **kwargs))
+        return begun[-1]
+
     def kill(name: str, step: int, steps: int) -> None:
-        (child,) = children()
-        os.kill(child, signal.SIGKILL)
+        begun[0].kill()
 
-    def children() -> list[int]:
-        return [int(p) for p in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-
+    monkeypatch.setattr(module.subprocess, "Popen", remembered)
     (row,) = compare(recipe, ["IA3"], Budget(steps=500), tmp_path / "compare", report=kill)
     assert row.failed == "ended by signal 9 (out of memory?)" and (tmp_path / "compare" / "IA3" / LOG).is_file()
 

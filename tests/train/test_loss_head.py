@@ -101,6 +101,9 @@ def _of(kind: str, **settings: Any) -> Any:
     return model.eval()
 
 
+_FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "want"),
     [
@@ -111,6 +114,7 @@ def _of(kind: str, **settings: Any) -> Any:
         ("granite", {"logits_scaling": 5.0}, Treatment(scale=0.2)),
         ("granitemoe", {"logits_scaling": 5.0, "num_local_experts": 2}, Treatment(scale=0.2)),
         ("hyperclovax", {"logits_scaling": 5.0}, Treatment(scale=5.0)),
+        ("falcon_h1", _FALCON_H1 | {"lm_head_multiplier": 0.25}, Treatment(scale=0.25)),
         ("cohere", {"logit_scale": 0.25}, Treatment(scale=0.25)),
         ("cohere2", {"logit_scale": 0.25}, Treatment(scale=0.25)),
     ],

@@ -1,9 +1,10 @@
 """Causal attention of packed documents: each sees itself, and the tokens before all of them that they share.
 
 A row of T tokens is `shared` tokens, then documents. Since a token's hidden states depend on nothing behind it, what
-all documents begin with need be computed but once, and its gradient is the sum over them. On a CPU one product of
-matrices is done for each piece of a document (query rows of one piece, keys up to its end), so that neither other
-documents nor the future cost anything; elsewhere `flex_attention` skips the same blocks.
+all documents begin with need be computed but once, and its gradient is the sum over them. On a CPU the documents of
+like length are laid side by side and cut into pieces of some query rows, with the keys up to a piece's end: the n-th
+pieces of all of them are one product of matrices, in which neither other documents nor the future beyond the piece cost
+anything; elsewhere `flex_attention` skips the same blocks.
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from deltatune.kernels.device import kind
 
-PIECE = 128  # query rows of one product: smaller ones compute less of the future, larger ones run faster
+PIECE = 64  # query rows of one product: smaller ones compute less of the future, larger ones run faster
 
 
-class Piece(NamedTuple):
-    """Queries [start, stop) of the document that begins at `begin` and has `shared` tokens before it."""
+class Group(NamedTuple):
+    """D documents of like length, the longest first, padded to `len(counts)` pieces of P rows.
 
-    begin: int
-    start: int
-    stop: int
+    `queries` (D, n) and `keys` (D, shared + n): which of the T tokens a place holds, some token where there is none;
+    `padding`: the places of `queries`, flattened, that hold none; `counts`: how many documents have a first, a second
+    piece and so on."""
+
     shared: int
+    queries: Tensor
+    keys: Tensor
+    padding: Tensor
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,29 @@ class Blocks:
         return self.shared + max(self.lengths)
 
     @cached_property
-    def pieces(self) -> tuple[Piece, ...]:
-        pieces, begin = [], 0
+    def groups(self) -> tuple[tuple[Group, ...], Tensor]:
+        """The groups, and (T,) the place of each token among those of all groups' queries, one after the other."""
+        found: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        begin = 0
         for shared, length in ((0, self.shared), *((self.shared, n) for n in self.lengths)):
-            n = max(1, math.ceil(length / PIECE))
-            cuts = [begin + length * i // n for i in range(n + 1)]
-            pieces += [Piece(begin, a, b, shared) for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
+            if length:
+                alike = (-(-length // PIECE) - 1).bit_length()  # 1, 2, 3 to 4, 5 to 8 pieces: at most half is padding
+                found.setdefault((shared, alike), []).append((length, begin))
             begin += length
-        return tuple(pieces)
+        groups, places, at = [], torch.empty(self.total, dtype=torch.long), 0
+        for (shared, _), documents in found.items():
+            documents.sort(reverse=True)
+            length, begin = torch.tensor(documents).t()[..., None]
+            counts = tuple(sum(n > start for n, _ in documents) for start in range(0, documents[0][0], PIECE))
+            column = torch.arange(len(counts) * PIECE)
+            queries, real = begin + column.minimum(length - 1), column < length
+            before = torch.arange(shared).expand(len(documents), -1)
+            groups.append(
+                Group(shared, queries, torch.cat([before, queries], 1), (~real).flatten().nonzero()[:, 0], counts)
+            )
+            places[queries[real]] = at + real.flatten().nonzero()[:, 0]
+            at += queries.numel()
+        return tuple(groups), places
 
     @cached_property
     def documents(self) -> Tensor:
@@ -86,7 +107,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float | None 
         q, k, v = (t.to(torch.get_autocast_dtype(kind(q))) for t in (q, k, v))
     if q.device.type in ("cpu", "meta"):
         with torch.autocast("cpu", enabled=False):
-            y: Tensor = _Pieces.apply(q[0], k[0], v[0], blocks.pieces, scale)  # type: ignore[no-untyped-call]
+            y: Tensor = _Pieces.apply(q[0], k[0], v[0], *blocks.groups, scale)  # type: ignore[no-untyped-call]
             return y[None]
     run: Any = torch.compile(flex_attention) if not torch.compiler.is_compiling() else flex_attention
     y = run(q, k, v, block_mask=blocks.mask(q.device), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
@@ -97,62 +118,101 @@ class _Pieces(torch.autograd.Function):
     """q (heads, T, d), k and v (kv heads, T, d) -> (T, heads, d). The probabilities are computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Sequence[Piece], scale: float) -> Tensor:
-        out = v.new_empty(q.shape[1], q.shape[0], v.shape[2])
-        future = _future(q, pieces)
-        for piece in pieces:
-            p = _probabilities(_queries(q, k, piece, scale), _keys(k, piece), piece, future)
-            o = torch.bmm(p, _keys(v, piece))
-            rows = piece.stop - piece.start
-            out[piece.start : piece.stop] = o.view(len(q), rows, -1).transpose(0, 1)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], places: Tensor, scale: float
+                ) -> Tensor:  # fmt: skip
+        made, future = [], q.new_full((PIECE, PIECE), -math.inf).triu_(1)
+        for group in groups:
+            queries, keys, values = _queries(q, k, group), _keys(k, group), _keys(v, group)
+            out = (
+                torch.empty_like(queries)
+                if q.shape[2] == v.shape[2]
+                else queries.new_empty(*queries.shape[:-1], v.shape[2])
+            )
+            for i in range(len(group.counts)):
+                p = _probabilities(_piece(queries, group, i), _past(keys, group, i), future, scale)
+                torch.bmm(p, _past(values, group, i), out=_piece(out, group, i))
+            made.append(out)
         ctx.save_for_backward(q, k, v)
-        ctx.layout = pieces, scale
-        return out
+        ctx.layout = groups, places, scale
+        return _tokens(made, len(q), places)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        pieces, scale = ctx.layout
-        dq, dk, dv = (torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v))
-        g, future = gradient.transpose(0, 1), _future(q, pieces)
-        for piece in pieces:
-            queries, keys, values = _queries(q, k, piece, scale), _keys(k, piece), _keys(v, piece)
-            go = _queries(g, v, piece, 1.0)
-            p = _probabilities(queries, keys, piece, future)
-            _add(dv, torch.bmm(p.transpose(1, 2), go), piece)
-            dp = torch.bmm(go, values.transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-            _add(dk, torch.bmm(ds.transpose(1, 2), queries), piece)
-            rows = torch.bmm(ds, keys).mul_(scale)
-            dq[:, piece.start : piece.stop] = rows.view(len(q), piece.stop - piece.start, -1)
-        return dq, dk, dv, None, None
+        groups, places, scale = ctx.layout
+        g, future = gradient.transpose(0, 1), q.new_full((PIECE, PIECE), -math.inf).triu_(1)
+        made: list[list[Tensor]] = [[], [], []]
+        before = [
+            k.new_zeros(len(k), groups[-1].shared, k.shape[2]),
+            v.new_zeros(len(v), groups[-1].shared, v.shape[2]),
+        ]
+        for group in groups:
+            queries, keys, values = _queries(q, k, group), _keys(k, group), _keys(v, group)
+            go = _queries(g, v, group, padding=0.0)
+            dq, dk, dv = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+            for i in range(len(group.counts)):
+                rows, past, own = _piece(queries, group, i), _past(keys, group, i), _piece(go, group, i)
+                p = _probabilities(rows, past, future, scale)
+                _past(dv, group, i).add_(torch.bmm(p.transpose(1, 2), own))
+                dp = torch.bmm(own, _past(values, group, i).transpose(1, 2))
+                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+                _past(dk, group, i).add_(torch.bmm(ds.transpose(1, 2), rows), alpha=scale)
+                _piece(dq, group, i).baddbmm_(ds, past, beta=0, alpha=scale)
+            made[0].append(dq)
+            for d, all_of_it, shared in zip((dk, dv), made[1:], before, strict=True):
+                if group.shared:
+                    shared += d[:, :, : group.shared].sum(0)
+                all_of_it.append(d[None, :, :, group.shared :])
+        dq, dk, dv = (
+            _tokens(parts, n, places).transpose(0, 1) for parts, n in zip(made, (len(q), len(k), len(v)), strict=True)
+        )
+        for d, shared in zip((dk, dv), before, strict=True):
+            d[:, : shared.shape[1]] += shared
+        return dq, dk, dv, None, None, None
 
 
-def _queries(q: Tensor, k: Tensor, piece: Piece, scale: float) -> Tensor:
-    """(heads, T, d) -> (kv heads, group x rows, d), scaled: heads that share keys are rows of one product."""
-    rows = q[:, piece.start : piece.stop]
-    return (rows * scale if scale != 1 else rows).reshape(len(k), -1, q.shape[2])
+def _queries(q: Tensor, k: Tensor, group: Group, padding: float | None = None) -> Tensor:
+    """(heads, T, d) -> (pieces, D, kv heads, heads per kv head x P, d): heads that share keys are rows of one product.
+
+    `padding`: what stands where there is no token."""
+    rows = q.transpose(0, 1).index_select(0, group.queries.flatten())
+    if padding is not None:
+        rows.index_fill_(0, group.padding, padding)
+    n = len(group.counts)
+    rows = rows.view(len(group.queries), n, PIECE, len(k), -1, q.shape[2]).permute(1, 0, 3, 4, 2, 5)
+    return rows.contiguous().view(n, len(group.queries), len(k), -1, q.shape[2])
 
 
-def _keys(k: Tensor, piece: Piece) -> Tensor:
-    own = k[:, piece.begin : piece.stop]
-    return torch.cat([k[:, : piece.shared], own], 1) if piece.shared else own
+def _keys(k: Tensor, group: Group) -> Tensor:
+    """(kv heads, T, d) -> (D, kv heads, shared + n, d)."""
+    rows = k.transpose(0, 1).index_select(0, group.keys.flatten())
+    return rows.view(*group.keys.shape, *rows.shape[1:]).transpose(1, 2).contiguous()
 
 
-def _add(into: Tensor, d: Tensor, piece: Piece) -> None:
-    if piece.shared:
-        into[:, : piece.shared] += d[:, : piece.shared]
-    into[:, piece.begin : piece.stop] += d[:, piece.shared :]
+def _tokens(parts: Sequence[Tensor], heads: int, places: Tensor) -> Tensor:
+    """(pieces, D, kv heads, ..., d) of each group -> (T, heads, d)."""
+    d, sizes = parts[0].shape[-1], [p.numel() // (heads * parts[0].shape[-1]) for p in parts]
+    rows = parts[0].new_empty(sum(sizes), heads, d)
+    for into, part in zip(rows.split(sizes), parts, strict=True):
+        source = part.view(*part.shape[:3], heads // part.shape[2], -1, d).permute(1, 0, 4, 2, 3, 5)
+        into.view(source.shape).copy_(source)
+    return rows.index_select(0, places)
 
 
-def _future(q: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    n = max(piece.stop - piece.start for piece in pieces)
-    return q.new_full((n, n), -math.inf).triu_(1)
+def _piece(x: Tensor, group: Group, i: int) -> Tensor:
+    """The i-th piece of each document that has one, a view: (D' x kv heads, heads per kv head x P, d)."""
+    return x[i, : group.counts[i]].view(-1, *x.shape[3:])
 
 
-def _probabilities(queries: Tensor, keys: Tensor, piece: Piece, future: Tensor) -> Tensor:
-    n = piece.stop - piece.start
-    s = torch.bmm(queries, keys.transpose(1, 2))
-    s.view(len(s), -1, n, s.shape[2])[..., -n:].add_(future[:n, :n])
+def _past(x: Tensor, group: Group, i: int) -> Tensor:
+    """What that piece sees, a view: (D' x kv heads, shared + (i + 1) P, d)."""
+    end = group.shared + (i + 1) * PIECE
+    return x[: group.counts[i], :, :end].view(-1, end, x.shape[3])
+
+
+def _probabilities(queries: Tensor, keys: Tensor, future: Tensor, scale: float) -> Tensor:
+    s = queries.new_empty(len(queries), queries.shape[1], keys.shape[1])
+    s.baddbmm_(queries, keys.transpose(1, 2), beta=0, alpha=scale)
+    s.view(len(s), -1, PIECE, s.shape[2])[..., -PIECE:].add_(future)
     return torch.softmax(s, -1, dtype=torch.promote_types(s.dtype, torch.float32)).to(s.dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 _SHIFT = "final_logits_bias"  # BART and its kin: added to the logits, and no parameter
 
