@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +39,7 @@ from deltatune.train.loop import fit
 from deltatune.train.options import TrainOptions, has_bf16
 
 MAX_LENGTH, ROWS, TOKENS, R, LR = 256, 4, 2048, 8, 1e-4
+LORA = dt.LoRA(r=R)
 NATIVE = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
 
 
@@ -62,9 +64,9 @@ def rss(field: str = "VmRSS") -> int:
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
-def rows(path: str) -> tuple[Any, list[Example]]:
+def rows(path: str, max_length: int = MAX_LENGTH) -> tuple[Any, list[Example]]:
     tokenizer = AutoTokenizer.from_pretrained(default_base())
-    made = build(load(path), tokenizer, task="causal", max_length=MAX_LENGTH, too_long="truncate")
+    made = build(load(path), tokenizer, task="causal", max_length=max_length, too_long="truncate")
     return tokenizer, made.examples[:600]
 
 
@@ -206,15 +208,25 @@ def whole_logits() -> Iterator[None]:
 
 
 @contextmanager
+def plain_blocks() -> Iterator[None]:
+    """Norms and gates operation by operation."""
+    with mock.patch("deltatune.train.loop.fused", lambda model: nullcontext()):
+        yield
+
+
+@contextmanager
 def nothing_shared() -> Iterator[None]:
     with mock.patch.object(packing, "_shared", lambda examples: 0):
         yield
 
 
 def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str = "blocks",
-         without: tuple[Callable[[], Any], ...] = (), full: bool = False) -> dict[str, Any]:  # fmt: skip
+         without: tuple[Callable[[], Any], ...] = (), method: dt.Method | None = LORA, micro: int = TOKENS,
+         **options: Any) -> dict[str, Any]:  # fmt: skip
+    """`method`: None for full fine-tuning. `micro`: tokens of a forward pass; a step is always `TOKENS`."""
     model = base()
-    adapter = None if full else dt.attach(model, dt.LoRA(r=R))
+    full = method is None
+    adapter = None if method is None else dt.attach(model, method)
     if full:
         model.requires_grad_(True)
     how: dict[str, Any] = {"pad": tokenizer.pad_token_id or 0}
@@ -222,9 +234,9 @@ def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str =
         batches = Batches(examples, batch_size=ROWS, **how)
         told = TrainOptions(batch_size=ROWS, epochs=50, lr=LR)
     else:
-        batches = Batches(examples, tokens_per_batch=TOKENS, packing=True, max_length=MAX_LENGTH,
+        batches = Batches(examples, tokens_per_batch=micro, packing=packed != "padded", max_length=MAX_LENGTH,
                           blocked=packed == "blocks", **how)  # fmt: skip
-        told = TrainOptions(tokens_per_step=TOKENS, tokens_per_batch=TOKENS, epochs=50, lr=LR)
+        told = TrainOptions(tokens_per_step=TOKENS, tokens_per_batch=micro, epochs=50, lr=LR, **options)
     seen: list[int] = []
     computed: list[tuple[int, int, int]] = []
     collate = batches._collate
@@ -244,7 +256,8 @@ def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str =
         stack.enter_context(blocked(model) if packed == "blocks" else nullcontext())
         with suppress(Done):
             fit(model, adapter, batches, options=told, callbacks=[Timed(clock, seen)])
-    done = computed[1 : 1 + clock.steps]
+    each = told.accumulation(batches)
+    done = computed[each : each * (1 + clock.steps)]
     return {
         "flops": _flops(model, done, full),
         "trained": sum(t for _, t, _ in done),
@@ -288,14 +301,31 @@ STACKS: dict[str, Callable[..., Any]] = {
         *a, NATIVE, 12, train_sampling_strategy="group_by_length"),
     "reference, packed": lambda *a: trainer_packed(*a, NATIVE),
     "reference, TRL packed": lambda *a: trl_packed(*a, NATIVE),
-    "plain": lambda *a: ours(*a, packed="none", without=(plain_linears, whole_logits)),
-    "+ packed rows": lambda *a: ours(*a, packed="rows", without=(plain_linears, whole_logits)),
-    "+ chunked loss": lambda *a: ours(*a, packed="rows", without=(plain_linears,)),
-    "+ one node a linear": lambda *a: ours(*a, packed="rows"),
-    "+ blocked attention": lambda *a: ours(*a, without=(nothing_shared,)),
+    "plain": lambda *a: ours(*a, packed="none", without=(plain_linears, whole_logits, plain_blocks)),
+    "+ packed rows": lambda *a: ours(*a, packed="rows", without=(plain_linears, whole_logits, plain_blocks)),
+    "+ chunked loss": lambda *a: ours(*a, packed="rows", without=(plain_linears, plain_blocks)),
+    "+ one node a linear": lambda *a: ours(*a, packed="rows", without=(plain_blocks,)),
+    "+ one node a norm and a gate": lambda *a: ours(*a, packed="rows"),
+    "+ attention by documents": lambda *a: ours(*a, without=(nothing_shared,)),
     "+ shared beginnings": lambda *a: ours(*a),
-    "full fine-tuning": lambda *a: ours(*a, full=True),
+    "in passes of 768 tokens": lambda *a: ours(*a, micro=768),
+    "recomputing blocks": lambda *a: ours(*a, activation_checkpointing="blocks"),
+    "full fine-tuning": lambda *a: ours(*a, method=None),
 }  # fmt: skip
+METHODS: dict[str, Callable[[], dt.Method]] = {
+    "one norm alone": lambda: dt.Tune(targets=r".*layers\.0\.input_layernorm"),  # the base's own passes
+    "LoRA": lambda: dt.LoRA(r=R),
+    "DoRA": lambda: dt.DoRA(inner=dt.LoRA(r=R)),
+    "IA3": dt.IA3,
+    "gains of norms": lambda: dt.Tune(targets=dt.Part("norm")),  # BitFit has no bias to train here
+    "Houlsby": lambda: dt.Houlsby(size=R),
+    "PrefixTuning": lambda: dt.PrefixTuning(length=16),
+    "OFTv2": dt.OFTv2,
+    "VeRA": dt.VeRA,
+    "LoKr": dt.LoKr,
+}
+STACKS |= {f"method {name}": partial(lambda make, *a: ours(*a, packed="padded", method=make()), make)
+           for name, make in METHODS.items()}  # fmt: skip
 
 
 def main() -> None:

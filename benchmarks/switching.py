@@ -1,8 +1,9 @@
 """Switching between adapters and loading one more, as their number grows: deltatune and PEFT, in turn, in one process.
 
-    python benchmarks/switching.py [--adapters 1 8 32] [--hidden 256 --layers 12]
+    python benchmarks/switching.py [--adapters 1 8 32 1000] [--most 32] [--hidden 256 --layers 12]
 
-Prints medians of five repeats and the ratio. The base is a random Llama built in code.
+Prints medians of five repeats and the ratio. The base is a random Llama built in code. PEFT is given no more than
+`--most` adapters: each one it loads takes longer than the last.
 """
 
 from __future__ import annotations
@@ -40,17 +41,18 @@ def base(hidden: int, layers: int) -> LlamaForCausalLM:
 
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    args.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
+    args.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32, 1000])
+    args.add_argument("--most", type=int, default=32)
     args.add_argument("--hidden", type=int, default=256)
     args.add_argument("--layers", type=int, default=12)
     given = args.parse_args()
     warnings.filterwarnings("ignore")
     print(", ".join(f"{m.__name__} {m.__version__}" for m in (torch, transformers, peft)), platform.processor())
-    ours, theirs = base(given.hidden, given.layers), base(given.hidden, given.layers)
+    ours, plain = base(given.hidden, given.layers), base(given.hidden, given.layers)
     with tempfile.TemporaryDirectory() as folder:
         dt.attach(ours, dt.LoRA(r=8), "first").save(folder)
         dt.detach(ours)
-        other = peft.PeftModel.from_pretrained(theirs, folder, adapter_name="a0")
+        other = peft.PeftModel.from_pretrained(plain, folder, adapter_name="a0")
         dt.load(ours, folder, "a0")
         print("| adapters | load one more: ours | PEFT | ratio | activate: ours | PEFT | ratio |")
         print("|---|---|---|---|---|---|---|")
@@ -58,28 +60,41 @@ def main() -> None:
         for target in given.adapters:
             while count < target:
                 dt.load(ours, folder, f"a{count}")
-                other.load_adapter(folder, f"a{count}")
+                if count < given.most:
+                    other.load_adapter(folder, f"a{count}")
                 count += 1
-            load, switch = _load(ours, other, folder, count), _switch(ours, other, count)
-            cells = [f"{1e3 * a:.3f} ms | {1e3 * b:.1f} ms | {b / a:.0f}x" for a, b in (load, switch)]
-            print(f"| {count} | {' | '.join(cells)} |")
+            theirs = other if target <= given.most else None
+            load, switch = _load(ours, theirs, folder), _switch(ours, theirs, count)
+            cells = [
+                f"{1e3 * a:.3f} ms | {f'{1e3 * b:.1f} ms | {b / a:.0f}x' if b else ' | '}" for a, b in (load, switch)
+            ]
+            print(f"| {count} | {' | '.join(cells)} |", flush=True)
 
 
-def _load(ours: torch.nn.Module, other: peft.PeftModel, folder: str | Path, count: int) -> tuple[float, float]:
-    times: list[tuple[float, float]] = []
+Times = tuple[float, float | None]
+
+
+def _medians(times: list[tuple[float, float | None]]) -> Times:
+    theirs = [b for _, b in times if b is not None]
+    return statistics.median(a for a, _ in times), statistics.median(theirs) if theirs else None
+
+
+def _load(ours: torch.nn.Module, other: peft.PeftModel | None, folder: str | Path) -> Times:
+    times: list[Times] = []
     for i in range(REPEATS):
         a = timed(lambda i=i: dt.load(ours, folder, f"more{i}"))
-        b = timed(lambda i=i: other.load_adapter(str(folder), f"more{i}"))
+        b = None if other is None else timed(lambda i=i: other.load_adapter(str(folder), f"more{i}"))
         times.append((a, b))
         dt.detach(ours, f"more{i}")
-        other.delete_adapter(f"more{i}")
-    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+        if other is not None:
+            other.delete_adapter(f"more{i}")
+    return _medians(times)
 
 
-def _switch(ours: torch.nn.Module, other: peft.PeftModel, count: int) -> tuple[float, float]:
-    names = [f"a{i % count}" for i in range(REPEATS)]
-    times = [(timed(lambda n=n: dt.activate(ours, n)), timed(lambda n=n: other.set_adapter(n))) for n in names]
-    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+def _switch(ours: torch.nn.Module, other: peft.PeftModel | None, count: int) -> Times:
+    names = [f"a{i * 7 % count}" for i in range(REPEATS)]
+    return _medians([(timed(lambda n=n: dt.activate(ours, n)),
+                      None if other is None else timed(lambda n=n: other.set_adapter(n))) for n in names])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 _CORE = (
     "Adapter", "DeltatuneError", "Fused", "Layers", "Part", "Union", "activate", "adapters", "attach", "detach",
-    "initialise", "load", "merge", "plan", "save", "unmerge", "using",
+    "flatten", "initialise", "load", "merge", "plan", "save", "unmerge", "using",
 )  # fmt: skip
 _PACKAGES = (
     "callbacks",
@@ -27,6 +27,7 @@ _PACKAGES = (
     "models",
     "registry",
     "routers",
+    "serve",
     "storage",
     "train",
 )
@@ -42,8 +43,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"deltatune.{name}")
     if name in _CORE:
         return getattr(importlib.import_module("deltatune.core"), name)
+    if name == "ProxyTuning":
+        return importlib.import_module("deltatune.serve").ProxyTuning
     if name == "__all__":
-        return sorted((*_CORE, "methods", "train", *_found()))
+        return sorted((*_CORE, "ProxyTuning", "methods", "train", *_found()))
     if name.startswith("_") or name not in _found():
         raise AttributeError(f"module 'deltatune' has no attribute {name!r}")
     return _found()[name]

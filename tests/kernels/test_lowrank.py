@@ -151,3 +151,42 @@ def test_compiled_it_is_the_reference():
     torch.testing.assert_close(
         fast(made["x"]), lowrank.linear(made["x"], w, made["bias"], made["down"], made["up"], 0.5)
     )
+
+
+class Dense:
+    """A quantised weight's two faces, that count how often they are looked at."""
+
+    def __init__(self, w, bias):
+        self.w, self.bias, self.made = w.detach(), bias.detach(), 0
+
+    def product(self, x):
+        return torch.nn.functional.linear(x, self.w, self.bias)
+
+    def weight(self):
+        self.made += 1
+        return self.w.clone()
+
+    def quantised(self):
+        return lowrank.Quantised(self.product, self.weight)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_quantised_weight_is_made_in_the_backward_pass_alone(dropout):
+    made, w = tensors(trained="x down up")
+    dense = Dense(w, made["bias"])
+    leaves = [made[k] for k in ("x", "down", "up")]
+
+    def run(x, down, up):
+        return lowrank.linear(x, dense.quantised(), None, down, up, 0.7, dropout, seed=3)
+
+    assert torch.autograd.gradcheck(run, leaves)
+    want = lowrank.linear(made["x"], w.detach(), made["bias"].detach(), made["down"], made["up"], 0.7, dropout, seed=3)
+    dense.made, kept = 0, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        got = run(*leaves)
+    torch.testing.assert_close(got, want)
+    assert dense.made == 0 and (OUT, IN) not in kept
+    got.sum().backward()
+    assert dense.made == 1
+    run(made["x"].detach(), *leaves[1:]).sum().backward()
+    assert dense.made == 1  # no gradient of the input, no weight

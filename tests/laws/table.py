@@ -11,6 +11,7 @@ import deltatune as dt
 from deltatune.models.tiny import inputs, tiny
 
 ARCHITECTURES = ("llama", "gpt2", "bloom", "bert", "t5")
+DRAWN = dt.NearIdentity(std=0.2)  # fused adapters are trained ones, which do not start at the base
 METHODS = {
     "lora": dt.LoRA(r=4),
     "rslora": dt.LoRA(r=4, scaling="alpha/sqrt(r)"),
@@ -27,11 +28,38 @@ METHODS = {
     "mixture": dt.Mixture(expert=dt.LoRA(r=4), n=3, top_k=2, targets=dt.Part("o", "down")),
     "mixture of dora": dt.Mixture(expert=dt.DoRA(inner=dt.LoRA(r=2)), n=3, top_k=3, targets=dt.Part("o")),
     "houlsby": dt.Houlsby(size=8),
+    "pfeiffer": dt.Pfeiffer(size=8),
+    "compacter": dt.Compacter(size=8),
+    "compacter++": dt.CompacterPlusPlus(size=8, n=2, k=2),
+    "phm adapter": dt.PHMAdapter(size=8, n=2),
+    "adapter drop": dt.AdapterDrop(inner=dt.Pfeiffer(size=8)),
+    "adapter drop of lora": dt.AdapterDrop(inner=dt.LoRA(r=4)),
+    "adapter drop, specialised": dt.AdapterDrop(inner=dt.Houlsby(size=8), n=1),
+    "sparse adapter": dt.SparseAdapter(inner=dt.Houlsby(size=8)),
+    "sparse adapter of lora": dt.SparseAdapter(inner=dt.LoRA(r=4), score="random", std=None),
     "parallel": dt.ParallelAdapter(size=8),
+    "adapter fusion": dt.AdapterFusion(adapters=("a", "b"), methods=2 * (dt.Houlsby(norms=None, init=DRAWN),)),
+    "adapter fusion, pfeiffer": dt.AdapterFusion(adapters=("a", "b", "c"), methods=3 * (dt.Pfeiffer(init=DRAWN),)),
+    "adamix": dt.AdaMix(expert=dt.Houlsby(size=8, norms=None)),
+    "adamix of lora": dt.AdaMix(expert=dt.LoRA(r=4), n=2, sharing="none"),
     "prompt": dt.PromptTuning(length=4),
+    "multitask prompt": dt.MultitaskPrompt(length=4, r=2),
+    "intrinsic prompt": dt.IntrinsicPrompt(length=4, dim=8, hidden=16),
+    "intrinsic subspace": dt.IntrinsicSubspace(length=4, dim=8, hidden=16),
     "prefix": dt.PrefixTuning(length=4),
     "prefix, mlp": dt.PrefixTuning(length=4, hidden=8),
+    "prefix, text": dt.PrefixTuning(length=4, init=(11, 42, 7)),
+    "p-tuning": dt.PTuning(length=4),
+    "p-tuning, mlp": dt.PTuning(length=4, encoder="mlp"),
+    "p-tuning v2": dt.PTuningV2(length=4),
     "mam": dt.MAM(length=4, size=8),
+    "unipelt": dt.UniPELT(length=4, hidden=8, r=2, size=4),
+    "s4": dt.S4(budget=1500),
+    "s4, outer groups, no bitfit": dt.S4(
+        budget=1500,
+        groups=(1, 0, 0, 1),
+        strategies=(("adapter", "lora"), ("adapter",), ("prefix",), ("prefix", "lora")),
+    ),
     "oft": dt.OFT(block_size=8),
     "oft, shared, learned magnitude": dt.OFT(block_size=16, blocks="shared", magnitude="learned"),
     "coft": dt.COFT(block_size=8, eps=0.3),
@@ -44,6 +72,8 @@ METHODS = {
     "lora dropout": dt.LoRADropout(r=4),
     "lora-drop": dt.LoRADrop(r=4, kept=()),
     "longlora": dt.LongLoRA(r=4),
+    "ladder": dt.LadderSideTuning(reduction=2),
+    "ladder, residual": dt.ResidualLadder(reduction=2, kept=(1,)),
     "sparse": dt.Sparse(density=0.05),
     "sparse, magnitude": dt.Sparse(density=0.05, coordinates="magnitude"),
     "fish mask": dt.FishMask(density=0.1),
@@ -65,7 +95,15 @@ METHODS = {
 }
 REFUSED = {("bitfit", "llama"), ("bitfit", "t5")}  # no bias to train
 REFUSED |= {("longlora", "bloom"), ("longlora", "t5")}  # no attention function to cut into groups; two sequences
+REFUSED |= {("s4", "llama"), ("s4", "t5")}  # as bitfit
+REFUSED |= {("unipelt", "bloom")}  # no attention function where a prefix could be weighed for each query
 MOVED_AT_START = {"prompt", "prefix", "prefix, mlp", "mam"}  # a prompt is never neutral
+MOVED_AT_START |= {"unipelt", "s4", "s4, outer groups, no bitfit"}
+MOVED_AT_START |= {"ladder"}  # the head reads the ladder alone, whose Up is drawn
+MOVED_AT_START |= {"prefix, text", "p-tuning", "p-tuning, mlp", "p-tuning v2"}
+MOVED_AT_START |= {"multitask prompt", "intrinsic prompt", "intrinsic subspace"}
+MOVED_AT_START |= {"adapter fusion", "adapter fusion, pfeiffer"}
+MOVED_AT_START |= {"phm adapter", "sparse adapter"}  # their authors draw every projection
 CASES = [(m, a) for m in METHODS for a in ARCHITECTURES if (m, a) not in REFUSED]
 
 

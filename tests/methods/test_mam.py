@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import deltatune as dt
+from deltatune.core import flatten
 from deltatune.methods.parallel import Bottleneck
-from deltatune.methods.prefix import Prefix, flatten
+from deltatune.methods.prefix import Prefix
 from deltatune.models.tiny import inputs, tiny
 
 FAMILIES = ["llama", "gpt2", "bert", "t5"]

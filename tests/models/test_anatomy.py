@@ -164,7 +164,8 @@ def test_sublayer_outputs_are_taken_before_the_residual(family):
     for block in names:
         block.register_forward_hook(passed, with_kwargs=True)
     model(**inputs(model))
-    post_norm = family in ("bert", "roberta", "deberta-v2", "distilbert", "bart")
+    post_norm = bool(paths(model, "post_norm"))
+    assert post_norm == (family in ("bert", "roberta", "deberta-v2", "distilbert", "bart"))
     assert len(seen) == len(paths(model, "block"))
     for path, (x, y) in seen.items():
         if post_norm:
@@ -311,7 +312,7 @@ def test_every_pattern_is_used_by_some_tiny_model():
     unused = {(kind, name) for kind, a in ANATOMY.items() for name, p in vars(a).items() if isinstance(p, str)}
     models = [build(f, t) for f, t in BUILDS] + [build("clip").text_model, build("clip").vision_model]
     models += [build("gpt2", add_cross_attention=True), build("deberta-v2", position_biased_input=True)]
-    models += [build("t5", feed_forward_proj="gated-gelu")]
+    models += [build("t5", feed_forward_proj="gated-gelu"), build("opt", do_layer_norm_before=False)]
     for model in models:
         unused -= {(model.config.model_type, name) for name in parts(model)}
     # towers on their own have neither a head nor themselves as a child

@@ -72,10 +72,17 @@ def command(
     seed: shared.Seed = 0,
     template: shared.TemplateName = None,
     dtype: shared.Dtype = "auto",
+    proxy: shared.Proxy = None,
+    proxy_adapter: shared.ProxyAdapter = None,
+    proxy_template: shared.ProxyTemplate = None,
+    alpha: shared.Alpha = None,
 ) -> None:
     """Talk to BASE with its adapters. Reads prompts from standard input, one a line."""
     torch.manual_seed(seed)
-    session = open_session(base, adapter, template=template, dtype=dtype)
+    session = open_session(
+        base, adapter, template=template, dtype=dtype,
+        proxy=proxy, proxy_adapter=proxy_adapter, proxy_template=proxy_template, alpha=alpha,
+    )  # fmt: skip
     names: list[str | None] = list(session.names)
     if compare and not names:
         raise DeltatuneError("--compare needs an --adapter to compare the base with")

@@ -34,6 +34,10 @@ def command(
     seed: shared.Seed = 0,
     template: shared.TemplateName = None,
     dtype: shared.Dtype = "auto",
+    proxy: shared.Proxy = None,
+    proxy_adapter: shared.ProxyAdapter = None,
+    proxy_template: shared.ProxyTemplate = None,
+    alpha: shared.Alpha = None,
 ) -> None:
     """Answer prompts. A row that names no adapter takes the only one given, or the base; null is the base."""
     if bool(prompt) == bool(file):
@@ -49,7 +53,10 @@ def command(
             names.append(known(row.get("adapter", given[0] if len(given) == 1 else None), given))
         except DeltatuneError as error:
             raise DataError(f"{origin}: {error}") from error
-    session = open_session(base, adapter, template=template, dtype=dtype)
+    session = open_session(
+        base, adapter, template=template, dtype=dtype,
+        proxy=proxy, proxy_adapter=proxy_adapter, proxy_template=proxy_template, alpha=alpha,
+    )  # fmt: skip
     torch.manual_seed(seed)
     sampling, rows = Sampling(max_new_tokens, temperature, top_p), []
     console = Console(stderr=True)

@@ -19,6 +19,7 @@ from deltatune.data import Template, read, resolve
 from deltatune.data.readers import Problems
 from deltatune.models.loading import load_base, load_tokenizer
 from deltatune.routers.per_row import PerRow
+from deltatune.serve import ProxyTuning
 from deltatune.train.merged import quantised, stop_tokens
 
 Message = dict[str, Any]
@@ -31,6 +32,10 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens with t
 Seed = Annotated[int, typer.Option(help="Of the drawing.")]
 TemplateName = Annotated[str | None, typer.Option("--template", help="chat, human-assistant, alpaca or a Jinja file.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Proxy = Annotated[str | None, typer.Option(help="A small base, to tune BASE by proxy; else --proxy-adapter's own.")]
+ProxyAdapter = Annotated[str | None, typer.Option(help="DIR of the small base's adapter: its effect is added to BASE.")]
+ProxyTemplate = Annotated[str | None, typer.Option(help="The adapter's prompts; else as saved beside it.")]
+Alpha = Annotated[float | None, typer.Option(help="Times this, 1 by default.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -51,28 +56,45 @@ class Sampling:
 
 @dataclass
 class Session:
-    """`names` are the attached adapters, in the order given."""
+    """`names` are the attached adapters, in the order given; `small` is the expert that tunes the model by proxy."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: Template
     names: list[str]
+    small: Session | None = None
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._generate: Any = self.model.generate
+        if (small := self.small) is not None:
+            proxy = ProxyTuning(
+                self.model, small.model, small.names[0], self.tokenizer, small.tokenizer, self.alpha
+            )  # fmt: skip
+            self._generate = proxy.generate
 
     def answer(self, conversations: Sequence[list[Message]], names: Sequence[str | None], sampling: Sampling,
                streamer: TextStreamer | None = None) -> list[str]:  # fmt: skip
         """The answers to a batch of conversations, each under its own adapter; None is the base alone."""
-        texts = [self.template.render(self.tokenizer, c, add_generation_prompt=True) for c in conversations]
-        batch = self.tokenizer(
-            texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
-        ).to(self.model.device)  # fmt: skip
-        given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        given = self._prompts(conversations)
+        expert = {} if self.small is None else {"expert": self.small._prompts(conversations)}
         with self._under(names):
-            out = self.model.generate(  # type: ignore[operator]
-                **given, **sampling.options(), streamer=streamer, pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=stop_tokens(self.model, self.tokenizer),
+            out = self._generate(
+                **given, **expert, **sampling.options(), streamer=streamer, pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self._stops(),
             )  # fmt: skip
         new = out if self.model.config.is_encoder_decoder else out[:, given["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+    def _prompts(self, conversations: Sequence[list[Message]]) -> dict[str, torch.Tensor]:
+        texts = [self.template.render(self.tokenizer, c, add_generation_prompt=True) for c in conversations]
+        batch = self.tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt")
+        return {k: batch[k].to(self.model.device) for k in ("input_ids", "attention_mask")}
+
+    def _stops(self) -> list[int]:
+        own = stop_tokens(self.model, self.tokenizer)
+        more = [] if self.small is None else self.small._stops()
+        return own + [token for token in more if token not in own and token < len(self.tokenizer)]
 
     def _under(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
         if not self.names:
@@ -82,9 +104,16 @@ class Session:
         return using(self.model, router=PerRow(names))
 
 
-def open_session(base: str | None, adapters: Sequence[str] | None, *, template: str | None = None, dtype: str = "auto"
-                 ) -> Session:  # fmt: skip
-    """`base` with every adapter (`DIR` or `NAME=DIR`) on it, and the tokenizer and template saved beside an adapter."""
+def open_session(base: str | None, adapters: Sequence[str] | None, *, template: str | None = None, dtype: str = "auto",
+                 proxy: str | None = None, proxy_adapter: str | None = None, proxy_template: str | None = None,
+                 alpha: float | None = None) -> Session:  # fmt: skip
+    """`base` with every adapter (`DIR` or `NAME=DIR`) on it, and the tokenizer and template saved beside an adapter.
+
+    proxy_adapter: that of the small base `proxy`, whose effect on the logits, times `alpha`, is added to the base's.
+    """
+    given = {"--proxy": proxy, "--proxy-template": proxy_template, "--alpha": alpha}
+    if proxy_adapter is None and (lone := next((name for name, value in given.items() if value is not None), None)):
+        raise DeltatuneError(f"{lone} needs --proxy-adapter, a small base's adapter that tunes this base by proxy")
     pairs = named(adapters or [])
     folders = list(pairs.values())
     base = base or base_of(folders)
@@ -97,7 +126,11 @@ def open_session(base: str | None, adapters: Sequence[str] | None, *, template: 
         model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     for name, folder in pairs.items():
         load(model, folder, name)
-    return Session(model, tokenizer, resolve(template, tokenizer), list(pairs))
+    small = None
+    if proxy_adapter is not None:
+        small = open_session(proxy, [proxy_adapter], template=proxy_template, dtype=dtype)
+    resolved = resolve(template, tokenizer)
+    return Session(model, tokenizer, resolved, list(pairs), small, 1.0 if alpha is None else alpha)
 
 
 def named(adapters: Sequence[str]) -> dict[str, Path]:

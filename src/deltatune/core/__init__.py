@@ -1,8 +1,8 @@
 """The only package that touches a live model. Methods depend on it; it depends on no method."""
 
-from deltatune.core.adapter import Adapter, save
+from deltatune.core.adapter import Adapter, flatten, save
 from deltatune.core.callback import Callback, Events, Groups, Run
-from deltatune.core.checkpoint import load
+from deltatune.core.checkpoint import load, read_adapter
 from deltatune.core.config import Config
 from deltatune.core.constant import Constant, Staged
 from deltatune.core.errors import DeltatuneError, nearest
@@ -15,6 +15,6 @@ from deltatune.core.units import Base, Delta, Intervention, Router
 __all__ = [
     "Adapter", "Awaiting", "Base", "Callback", "Config", "Constant", "DataInit", "Delta", "DeltatuneError", "Events",
     "Fused", "Groups", "Init", "Intervention", "Layers", "Method", "Part", "Plan", "Router", "Run", "Select", "Shape",
-    "Site", "Staged", "Union", "Waiting", "activate", "adapters", "attach", "detach", "initialise", "load", "matching",
-    "merge", "nearest", "plan", "resolve", "save", "unmerge", "using",
+    "Site", "Staged", "Union", "Waiting", "activate", "adapters", "attach", "detach", "flatten", "initialise", "load",
+    "matching", "merge", "nearest", "plan", "read_adapter", "resolve", "save", "unmerge", "using",
 ]  # fmt: skip

@@ -57,6 +57,11 @@ class Adapter:
     def dtype(self) -> torch.dtype:
         return self.record.dtype
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes that its head tells apart; () if it has no head of its own."""
+        return self.method.classes()
+
     def callbacks(self) -> list[Callback]:
         return list(self.method.callbacks())
 
@@ -135,6 +140,8 @@ class Adapter:
         encoded = None if rewritten else next((w for e in _ENCODERS if (w := e(self)) is not None), None)
         config, tensors = encoded or ({}, self.state_dict())
         own["tensors"] = "peft" if encoded else "deltatune"
+        if self.labels:
+            own["labels"] = list(self.labels)
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
         flat = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
@@ -145,18 +152,33 @@ class Adapter:
 
     def _portable_method(self) -> Method:
         """The method with targets that can be written down: those that are code become the paths that they found."""
+        method = self.method.portable([unit for _, unit in self.units()])
         try:
-            self.method.to_dict()
+            method.to_dict()
         except DeltatuneError:
-            if len(self.method.parts()) > 1:  # whose paths are whose is not kept
+            if len(method.parts()) > 1:  # whose paths are whose is not kept
                 raise
-            return dataclasses.replace(self.method, targets=tuple(dict.fromkeys(path for path, *_ in self.sites())))
-        return self.method
+            return dataclasses.replace(method, targets=tuple(dict.fromkeys(path for path, *_ in self.sites())))
+        return method
 
 
 def save(adapter: Adapter, folder: str | Path) -> Path:
     """Write `adapter` to `folder`: see `Adapter.save`."""
     return adapter.save(folder)
+
+
+@torch.no_grad()
+def flatten(adapter: Adapter) -> None:
+    """Replace the networks that only training needs (of a prefix, of a prompt) by what they make, the same to the bit:
+    that alone is saved then, and trained if training goes on."""
+    method = adapter.method
+    flat = method.flat()
+    for _, unit in adapter.units():
+        unit.flatten()
+    for i, (part, now) in enumerate(zip(method.parts(), flat.parts(), strict=True)):
+        if part != now and str(i) in adapter.record.shared:
+            del adapter.record.shared[str(i)]
+    adapter.record.method = flat
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,10 @@ class Run:
     `losses(n)`: the mean losses of up to n batches of the training data, with their graphs, for what is scored before
     training; the run's own order of batches is untouched. None in loops that cannot say.
     `examples()`: for each training example, a function that gives its own mean loss, in one order in all processes.
-    `keep_from`: the first step whose weights may be kept as the best; a callback raises it."""
+    `keep_from`: the first step whose weights may be kept as the best; a callback raises it.
+    `targets`: what each output of this micro-batch is to say, -100 where nothing; `adapters`: those that its rows name.
+    `logits`: in `on_loss`, (n, classes) of the n trained positions, for each of `Callback.passes`; () in other loops.
+    `exit`: what is to be undone when the run ends, however it ends."""
 
     model: nn.Module
     adapter: Trained | None
@@ -46,11 +50,19 @@ class Run:
     losses: Callable[[int], Iterator[Tensor]] | None = None
     examples: Callable[[], Iterator[Callable[[], Tensor]]] | None = None
     keep_from: int = 0
+    targets: Tensor | None = None
+    adapters: Sequence[str | None] | None = None
+    logits: Sequence[Tensor] = ()
+    exit: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Callback(Config):
-    """Options of a callback; `start` makes the events of one run, so that options stay values."""
+    """Options of a callback; `start` makes the events of one run, so that options stay values.
+
+    `passes`: how many forward passes of a micro-batch it compares; the loss that it is given is that of the first."""
+
+    passes: ClassVar[int] = 1
 
     def start(self, run: Run) -> Events:
         raise NotImplementedError

@@ -69,9 +69,13 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, dtype
     return restore(model, config, tensors, folder, name, dtype=dtype)
 
 
-def restore(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | Path,
-            name: str | None = None, *, dtype: torch.dtype | None = None) -> Adapter:  # fmt: skip
-    """Attach what a configuration and tensors, read from `source`, describe: ours, or a registered format's."""
+def read_adapter(model: nn.Module, folder: str | Path) -> tuple[Method, Mapping[str, Tensor]]:
+    """The method and the tensors, by our names, of the adapter saved in `folder`; `model` is untouched."""
+    return _described(model, *read_folder(folder), folder)
+
+
+def _described(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | Path
+               ) -> tuple[Method, Mapping[str, Tensor]]:  # fmt: skip
     load_plugins()
     own = config.get("deltatune", {})
     if own.get("format", FORMAT) > FORMAT:
@@ -79,10 +83,15 @@ def restore(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, T
             f"{source}: format {own['format']} is newer than this library reads ({FORMAT}); upgrade it"
         )
     if own.get("tensors") == "deltatune":
-        method = Method.from_dict(own["method"])
-    else:
-        method, tensors = decoded(model, config, tensors)
-    adapter = attach(model, method, name or own.get("name") or "default", dtype=dtype)
+        return Method.from_dict(own["method"]), tensors
+    return decoded(model, config, tensors)
+
+
+def restore(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str | Path,
+            name: str | None = None, *, dtype: torch.dtype | None = None) -> Adapter:  # fmt: skip
+    """Attach what a configuration and tensors, read from `source`, describe: ours, or a registered format's."""
+    method, tensors = _described(model, config, tensors, source)
+    adapter = attach(model, method, name or config.get("deltatune", {}).get("name") or "default", dtype=dtype)
     try:
         adapter.load_state_dict(tensors)
     except DeltatuneError as e:

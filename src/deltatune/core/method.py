@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -142,6 +142,10 @@ class Method(Config):
     at: ClassVar[tuple[str, ...]] = ("weight",)  # parameters a delta replaces, or ("call",), or ("attention",)
     otherwise: ClassVar[str] = ""  # what to do instead, said where no module has any of these
 
+    def select(self, model: nn.Module) -> Select:
+        """`targets`, or what they mean on this model; () for nowhere."""
+        return self.targets
+
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
         """State that all sites of one adapter share (VeRA's A and B, a vector bank, a gate network)."""
         return None
@@ -156,6 +160,18 @@ class Method(Config):
     def parts(self) -> Sequence[Method]:
         return (self,)
 
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes that its head tells apart; () if it has no head of its own."""
+        return ()
+
+    def flat(self) -> Method:
+        """The method of an adapter whose networks `flatten` has dropped."""
+        return self
+
+    def portable(self, units: Sequence[Intervention]) -> Method:
+        """The method of an adapter with these units, as its file says it: without need of anything beside that file."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class Union(Method):
@@ -168,3 +184,12 @@ class Union(Method):
 
     def callbacks(self) -> Iterable[Callback]:
         return [c for m in self.methods for c in m.callbacks()]
+
+    def classes(self) -> tuple[str, ...]:
+        return next((own for m in self.methods if (own := m.classes())), ())
+
+    def flat(self) -> Method:
+        return replace(self, methods=tuple(m.flat() for m in self.methods))
+
+    def portable(self, units: Sequence[Intervention]) -> Method:
+        return replace(self, methods=tuple(m.portable(units) for m in self.methods))

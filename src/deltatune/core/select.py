@@ -75,6 +75,16 @@ class Layers(Config):
     start: int = 0
     stop: int | None = None
 
+    def among(self, found: list[Match]) -> list[Match]:
+        """Those of `found`, the matches of `targets`, that are meant. A subclass may choose otherwise, and none."""
+        number = {m.path: next((int(p) for p in m.path.split(".") if p.isdigit()), None) for m in found}
+        total = 1 + max((n for n in number.values() if n is not None), default=-1)
+        wanted = range(total)[self.start : self.stop]
+        kept = [m for m in found if number[m.path] in wanted]
+        if not kept:
+            raise DeltatuneError(f"Layers: none of {total} blocks lies in {self.start}:{self.stop}")
+        return kept
+
 
 @dataclass(frozen=True, eq=False)
 class Match:
@@ -128,7 +138,7 @@ def _find(model: nn.Module, select: Select, usual: tuple[str, ...]) -> list[Matc
     if isinstance(select, Part):
         return _find_parts(model, select.names)
     if isinstance(select, Layers):
-        return _in_blocks(_find(model, select.targets, usual), select)
+        return select.among(_find(model, select.targets, usual))
     if isinstance(select, Fused):
         return [
             Match(m.path, m.module, select.rows(layers.read(m.module, "weight").shape[0], piece))
@@ -181,16 +191,6 @@ def _find_parts(model: nn.Module, names: tuple[str, ...], partly: bool = False) 
         select = targets if whole else Fused(targets=targets, sizes=sizes, take=tuple(take), groups=groups)
         found += _find(model, select, ())
     return found
-
-
-def _in_blocks(found: list[Match], select: Layers) -> list[Match]:
-    number = {m.path: next((int(p) for p in m.path.split(".") if p.isdigit()), None) for m in found}
-    total = 1 + max((n for n in number.values() if n is not None), default=-1)
-    wanted = range(total)[select.start : select.stop]
-    kept = [m for m in found if number[m.path] in wanted]
-    if not kept:
-        raise DeltatuneError(f"Layers: none of {total} blocks lies in {select.start}:{select.stop}")
-    return kept
 
 
 def _nothing(model: nn.Module, select: Select) -> str:

@@ -49,6 +49,7 @@ class Switch:
     thawed: tuple[str, ...] = ()  # base parameters that required gradients before
     points: tuple[str, ...] = ()  # installed places, see `register_point`
     merged: list[str] = field(default_factory=list)  # in the order of merging
+    named: tuple[Any, Any] | None = None  # the base's own names of its classes, while an adapter's are told
     threads: dict[int, Active] = field(default_factory=dict)
 
     def active(self) -> Active:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,8 @@ class Waiting:
 class DataInit(Init):
     """An initialisation from up to `batches` micro-batches of the training data."""
 
+    linear: ClassVar[bool] = True  # whether what it starts belongs to linear layers
+
     batches: int = 8
 
     def __post_init__(self) -> None:
@@ -150,7 +152,7 @@ def _fill(init: DataInit, model: nn.Module, adapter: Trained, losses: Losses | N
             "deltatune.initialise(adapter, losses) before it, or train with deltatune.train"
         )
     for site in sites:
-        if not layers.is_linear(site.module):
+        if init.linear and not layers.is_linear(site.module):
             kind = layers.plain_class(type(site.module)).__name__
             raise DeltatuneError(f"{name}: {site.path!r} is a {kind}, no linear layer; leave it out of targets")
     modes = [(module, module.training) for module in model.modules()]

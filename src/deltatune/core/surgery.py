@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from deltatune.core import classes
 from deltatune.core.adapter import Adapter
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.core.method import Method, Site, rewrite
@@ -66,7 +67,10 @@ class Plan:
 
 
 def _sites(model: nn.Module, part: Method, dtype: torch.dtype | None, device: str | None = None) -> list[Site]:
-    found, matches = [], resolve(model, part.targets, part.usual)
+    select, found = part.select(model), []
+    if select == () != part.targets:
+        return []
+    matches = resolve(model, select, part.usual)
     for match in matches:
         around = [at for at in part.at if at in _POINTS or at == CALL]
         if around and isinstance(match.module, _CONTAINERS):
@@ -167,7 +171,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
             slot.rewritten[name] = site.replaced
         unit.train(site.module.training)
     switch.records[name] = Record(method, shared, built[0][0].dtype)
-    switch.current = Active((name,))
+    classes.put(model, switch, Active((name,)))
     return Adapter(model, name)
 
 
@@ -212,7 +216,12 @@ def _known(model: nn.Module, names: Sequence[str]) -> Switch:
 def _active(model: nn.Module, names: tuple[str, ...], router: Router | None) -> tuple[Switch, Active]:
     if router is not None and router.names:
         names = tuple(n for n in dict.fromkeys(router.names) if n is not None)
-    return _known(model, names), Active(names, router)
+    switch = _known(model, names)
+    if router is not None:
+        router.check({n: switch.records[n].method for n in names})
+    active = Active(names, router)
+    classes.agree(model, switch, active)
+    return switch, active
 
 
 def activate(model: nn.Module, *names: str, router: Router | None = None) -> None:
@@ -220,8 +229,7 @@ def activate(model: nn.Module, *names: str, router: Router | None = None) -> Non
 
     Costs the same whatever the number of layers and adapters. `PerRow([...])` gives each row of a batch its own.
     """
-    switch, active = _active(model, names, router)
-    switch.current = active
+    classes.put(model, *_active(model, names, router))
 
 
 @contextmanager
@@ -273,10 +281,12 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> float:
         if keep:
             switch.merged.append(name)
         else:
+            classes.keep(model, switch, name)
             for _, _, slot in mine:
                 del slot.merged[name]
                 slot.rewritten.pop(name, None)
             detach(model, name)
+    classes.tell(model, switch)
     if lost.sites:
         warnings.warn(
             f"merged into {lost.sites} quantised weights: rounding them again lost {lost.share:.1%} of the change; "
@@ -323,8 +333,9 @@ def _write(path: str, module: nn.Module, at: str, change: Change, tied: set[int]
         lost.add(w, new, layers.read(module, at))
         return at, old
     kept = w.detach().clone()
-    if own is not None and id(own) in tied:
-        module._parameters[at] = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
+    if own is not None and (id(own) in tied or new.shape != w.shape):  # a head of other classes has other rows
+        fresh = own.detach().clone() if new.shape == w.shape else own.new_empty(new.shape)
+        module._parameters[at] = nn.Parameter(fresh, requires_grad=own.requires_grad)
         kept = own
     layers.write(module, at, new)
     return at, kept
@@ -354,6 +365,7 @@ def unmerge(model: nn.Module, *names: str) -> None:
             raise DeltatuneError(f"adapter {switch.merged[-1]!r} was merged over {name!r}; unmerge it first")
         _restore([(m, s) for _, m, s in slots(model)], name)
         switch.merged.pop()
+    classes.tell(model, switch)
 
 
 def detach(model: nn.Module, *names: str) -> None:
@@ -371,7 +383,7 @@ def detach(model: nn.Module, *names: str) -> None:
             if not slot.places:
                 ungraft(module)
         del switch.records[name]
-        switch.current = Active(tuple(n for n in switch.current.names if n != name))
+        classes.put(model, switch, Active(tuple(n for n in switch.current.names if n != name)))
     if not switch.records:
         for place in switch.points:
             _POINTS[place].remove(model)

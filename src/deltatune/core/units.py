@@ -35,6 +35,13 @@ class Intervention(nn.Module):
     def expect(self, shapes: Mapping[str, torch.Size]) -> None:
         """Make room for the tensors of `grows` with these names and shapes, and drop those not among them."""
 
+    def of(self, task: str) -> Any:
+        """This unit for rows of that task of its adapter: itself, unless it has a part for each."""
+        return self
+
+    def flatten(self) -> None:
+        """Keep the tensors that a network makes, and drop the network."""
+
     @classmethod
     def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
         """Row i of the batch under `units[rows[i]]` (-1: under none), in one call of the module.
@@ -72,6 +79,9 @@ class Router(nn.Module):
     """Combines the outputs of several branches at one site. `names`: the adapters, if the router itself names them."""
 
     names: tuple[str | None, ...] = ()
+
+    def check(self, methods: Mapping[str, Any]) -> None:
+        """Raises DeltatuneError if the adapters that the router names, of these methods, do not suit it."""
 
     def forward(self, x: Tensor, branches: Sequence[Callable[[], Tensor]]) -> Tensor:
         raise NotImplementedError
@@ -140,21 +150,21 @@ class Base:
         """What adding `up @ down` to the weight adds to the output, without forming it; None if it must be formed."""
         return layers.layer_of(self.module).kind.low_rank(self.module, x, up, down) if self.at == "weight" else None
 
-    def plus(self, x: Tensor, up: Tensor, down: Tensor, dropout: float = 0.0) -> Tensor | None:
-        """The module under W + up @ down, the product unformed; None if it must be formed.
+    def plus(self, x: Tensor, up: Tensor, down: Tensor, scale: float = 1.0, dropout: float = 0.0) -> Tensor | None:
+        """The module under W + scale up @ down, the product unformed; None if it must be formed.
 
         dropout: the probability with which an element of x is hidden from `down`, 0 outside of training."""
         if self.at != "weight":
             return None
         if type(self) is Base and not self.held:
             kind = layers.layer_of(self.module).kind
-            if (y := kind.fused(self.module, x, up, down, dropout)) is not None:
+            if (y := kind.fused(self.module, x, up, down, scale, dropout)) is not None:
                 return y
         h = F.dropout(x.to(down.dtype), dropout) if x.is_floating_point() else x
         if (update := self.low_rank(h, up, down)) is None:
             return None
         y = self(x)
-        return y + update.to(y.dtype)
+        return y + (scale * update).to(y.dtype)
 
 
 class Stacked(Base):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +23,13 @@ TooLong = Literal["truncate", "refuse", "drop"]
 @dataclass(frozen=True, slots=True)
 class Example:
     """``labels`` are not shifted: ``labels[t]`` is ``input_ids[t]`` or -100 (causal), the target's ids (seq2seq),
-    one class id (classification), or a tag id per token (tagging)."""
+    one class id (classification), or a tag id per token (tagging). ``adapter`` is that of its row, as `PerRow` names
+    it, such as a task of a prompt for several; None is whichever is active."""
 
     input_ids: list[int]
     labels: list[int]
     origin: str = ""
+    adapter: str | None = None
 
     @property
     def trained(self) -> int:
@@ -131,7 +133,7 @@ def build(
                 continue
             example, truncated = encode(example if chosen == "causal" else item, max_length), truncated + 1
         if example.trained:
-            kept.append(example)
+            kept.append(replace(example, adapter=data.adapters.get(example.origin)) if data.adapters else example)
         else:
             untrained += 1
     found.done("raise max_length, or set too_long to truncate or drop")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -219,11 +219,12 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """Items of one normal form, in the order of the file."""
+    """Items of one normal form, in the order of the file; ``adapters``, by origin, are those that the rows name."""
 
     source: str
     format: str
     items: list[Item]
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -269,18 +270,20 @@ def normalise(
             f"{rows.source}: format {name!r} needs the fields {fields}; the columns are {', '.join(rows.columns)}. "
             f"Say which column holds which field with columns, such as {{{chosen.required[0][0]}: {rows.columns[0]}}}"
         )
-    items = []
+    items, adapters = [], {}
     for origin, row in rows:
         renamed = chosen.rename(row)
         try:
             for names in chosen.required:
                 if names[0] not in renamed:
                     raise _Bad(f"field {names[0]!r} is missing")
+            if row.get("adapter") is not None:
+                adapters[origin] = _text(row, "adapter")
             items.append(chosen.convert(renamed, origin))
         except _Bad as bad:
             found.add(origin, str(bad), row)
     found.done()
-    return Dataset(rows.source, name, items)
+    return Dataset(rows.source, name, items, adapters)
 
 
 def load(

@@ -49,6 +49,10 @@ class Batches:
             raise DeltatuneError("blocked: needs packing and tokens_per_batch, the size of its one row")
         if not examples:
             raise DeltatuneError("there are no examples to make batches of")
+        without = next((example for example in examples if example.adapter is None), None)
+        if (named := next((e for e in examples if e.adapter is not None), None)) and (without or packing):
+            why = f"{without.origin} names none: all do, or none" if without else "packing is on: set it to false"
+            raise DeltatuneError(f"{named.origin} names its adapter, {named.adapter!r}, but {why}")
         self.lengths = [len(example) for example in examples]
         longest = max(self.lengths)
         self.capacity = min(max_length or longest, tokens_per_batch or max_length or longest)
@@ -115,6 +119,7 @@ class Batches:
         digest = hashlib.sha256(repr(settings).encode())
         for example in self.examples:
             digest.update(repr((example.input_ids, example.labels)).encode())
+            digest.update((example.adapter or "").encode())
         return digest.hexdigest()[:16]
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:

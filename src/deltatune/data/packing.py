@@ -23,7 +23,7 @@ class Batch:
 
     ``segments`` [b, T] numbers the documents of each row from 0, -1 on padding; ``origins[i]`` says where the
     documents of row ``i`` came from; ``tokens`` and ``trained_tokens`` count without padding. ``blocks`` is the layout
-    of a row that needs a model which understands it."""
+    of a row that needs a model which understands it. ``adapters`` are those that the rows name, None if they do not."""
 
     inputs: dict[str, Any]
     labels: Tensor
@@ -32,6 +32,7 @@ class Batch:
     tokens: int
     trained_tokens: int
     blocks: Blocks | None = None
+    adapters: tuple[str | None, ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
@@ -124,7 +125,8 @@ def padded(examples: Sequence[Example], pad: int, task: Task = "causal", side: s
         labels = _pad([e.labels for e in examples], IGNORED, "right" if task == "seq2seq" else side)[0]
     if task == "causal" and side == "left":
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    return _batch(inputs, labels, mask - 1, [[example.origin] for example in examples])
+    made = _batch(inputs, labels, mask - 1, [[example.origin] for example in examples])
+    return replace(made, adapters=tuple(e.adapter for e in examples)) if examples[0].adapter is not None else made
 
 
 def attention_mask_4d(segments: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

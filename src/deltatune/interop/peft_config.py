@@ -246,6 +246,8 @@ class PromptEncoderConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.P_TUNING
+        name, kinds = "encoder_reparameterization_type", PromptEncoderReparameterizationType
+        self.encoder_reparameterization_type = _member(kinds, name, self.encoder_reparameterization_type)
 
 
 CONFIGS: dict[str, type[PeftConfig]] = {

@@ -4,7 +4,7 @@ An adapter is written in this layout when it can be expressed there exactly, so 
 
     LoRA, rsLoRA, DoRA      rows of fused projections become whole modules of higher rank, and so do initialisations
                             that take a constant product off the base (PiSSA, OLoRA)
-    IA3, AdaLoRA            and prompt and prefix tuning
+    IA3, AdaLoRA            and prompt tuning, P-tuning (what its encoder makes), prefix tuning
     OFT, COFT, OFTv2, BOFT  on linear layers, rotations alone where PEFT has no learned magnitude
     Union(…, Tune(…))       `modules_to_save`; trained biases become LoRA's `bias="all"`
 
@@ -57,9 +57,10 @@ from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
 from deltatune.methods.oft import OFT
 from deltatune.methods.oft_v2 import OFTv2
+from deltatune.methods.p_tuning import PTuning
 from deltatune.methods.prefix import PrefixTuning
 from deltatune.methods.prompt import PromptTuning
-from deltatune.methods.tune import Copy, Tune
+from deltatune.methods.tune import Copy, Tune, head_of
 from deltatune.models.prefixing import Positions
 
 Encode = Callable[[nn.Module, Sequence[Method], Sequence[Placed]], tuple[Fields, Tensors] | None]
@@ -75,6 +76,7 @@ _ENCODE: dict[type[Method], tuple[str, Encode]] = {
     OFTv2: ("OFT", encode_oft),
     BOFT: ("BOFT", encode_boft),
     PromptTuning: ("PROMPT_TUNING", encode_prompt),
+    PTuning: ("P_TUNING", encode_prompt),
     PrefixTuning: ("PREFIX_TUNING", encode_prefix),
 }
 _DECODE: dict[str, Decode] = {
@@ -150,6 +152,8 @@ def decode(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Te
         raise DeltatuneError(
             "adapter_config.json: ensure_weight_tying = True on a base with tied embeddings is not supported"
         )
+    if labels := config.get("deltatune", {}).get("labels"):
+        head_of(model, tuple(labels))
     stored = Stored(model, tensors, WRAPPER if kind in _PROMPTS else PREFIX)
     main = [_DECODE[kind](model, config, stored)] if kind in _DECODE else []
     inside, beside = decode_saved(model, config, stored)

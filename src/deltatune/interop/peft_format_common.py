@@ -135,7 +135,9 @@ def task_of(model: nn.Module) -> str | None:
 def stored_like(module: nn.Module, param: str, w: Tensor) -> Tensor:
     """`w`, (out, in), in the module's own layout."""
     own = getattr(module, param)
-    return (w.T if is_transposed(module) and w.ndim == 2 else w).reshape(own.shape)
+    if is_transposed(module) and w.ndim == 2:
+        return w.T.reshape(own.shape)
+    return w.reshape(-1, *own.shape[1:])  # with as many rows as it has: a head may tell other classes apart
 
 
 def read_like(module: nn.Module, param: str, w: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltatune.core import DeltatuneError, Method, Site, resolve
 from deltatune.core.units import ATTENTION
 from deltatune.interop.peft_format_common import Fields, Piece, Placed, Stored, Tensors, task_of
+from deltatune.methods.p_tuning import PTuning
 from deltatune.methods.prefix import Prefix, PrefixTuning
 from deltatune.methods.prompt import CrossMask, Prompt, PromptTuning
 from deltatune.models import anatomy
@@ -34,18 +35,28 @@ def encode_prompt(model: nn.Module, parts: Sequence[Method], places: Sequence[Pl
     units = [u for p in places for u, _ in p.units if type(u) is not CrossMask]
     if len(units) != 1 or type(units[0]) is not Prompt or units[0].at.after or task_of(model) in (None, "QUESTION_ANS"):
         return None
-    prompt, config = units[0].get_parameter("prompt").detach(), model.config
+    with torch.no_grad():
+        prompt, config = units[0].vectors(), model.config
     fields = DEFAULTS | {
         "num_attention_heads": anatomy.heads(config),
         "num_layers": anatomy.layers(config),
         "num_virtual_tokens": len(prompt),
         "token_dim": prompt.shape[1],
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": None,
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": None,
     }
-    return fields, {EMBEDDINGS: prompt}
+    return fields | _about(parts[0], prompt.shape[1]), {EMBEDDINGS: prompt}
+
+
+def _about(method: Method, d: int) -> Fields:
+    """Where a prompt came from, which PEFT writes down and needs no more."""
+    if not isinstance(method, PTuning):
+        names = ("prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path")
+        return {"prompt_tuning_init": "RANDOM"} | dict.fromkeys(names)
+    return {
+        "encoder_reparameterization_type": "LSTM" if method.encoder == "lstm" else "MLP",
+        "encoder_hidden_size": method.hidden or (d // 2 if method.encoder == "lstm" else d),
+        "encoder_num_layers": method.layers if method.encoder == "lstm" else 2,
+        "encoder_dropout": 0.0,
+    }
 
 
 def decode_prompt(model: nn.Module, config: Mapping[str, Any], stored: Stored) -> Piece:
@@ -53,7 +64,8 @@ def decode_prompt(model: nn.Module, config: Mapping[str, Any], stored: Stored) -
     rows = _embeddings(stored)
     if not p or len(rows) not in (p, 2 * p):  # the second half, a decoder's, PEFT writes and does not use
         raise DeltatuneError(f"{EMBEDDINGS} has {len(rows)} rows, but num_virtual_tokens = {p}")
-    method = PromptTuning(length=p, init="uniform")
+    encoded = config["peft_type"] == "P_TUNING"
+    method: Method = PTuning(length=p, encoder=None) if encoded else PromptTuning(length=p, init="uniform")
     match = resolve(model, None, method.usual)[0]
     if layout(Site(model, match.path, match.module, "call")).after:
         raise DeltatuneError(

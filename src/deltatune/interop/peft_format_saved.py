@@ -23,7 +23,8 @@ from deltatune.interop.peft_format_common import (
     stored_like,
 )
 from deltatune.methods.bitfit import BitFit
-from deltatune.methods.tune import Tune
+from deltatune.methods.tune import Tune, head_of
+from deltatune.models.anatomy import ANATOMY, classifier
 from deltatune.storage import layers
 
 Copies = dict[str, dict[str, Tensor]]  # module path -> parameter -> its value in the module's own layout
@@ -104,6 +105,8 @@ def decode_saved(model: nn.Module, config: Mapping[str, Any], stored: Stored) ->
     What PEFT wrote although it is the base's own is passed over.
     """
     inside = _tokens(model, config, stored)
+    labels = tuple(config.get("deltatune", {}).get("labels") or ())
+    head = head_of(model, labels) if labels else classifier(model) if _is_known(model) else None
     beside: Copies = {}
     saved = _wrapped(stored.canonical, config.get("modules_to_save") or ())
     for key, value in list(stored.left.items()):
@@ -116,14 +119,18 @@ def decode_saved(model: nn.Module, config: Mapping[str, Any], stored: Stored) ->
             continue
         del stored.left[key]
         path = stored.canonical[name]
-        module, own = stored.modules[path], getattr(stored.modules[path], param, None)
-        if not isinstance(own, Tensor) or (own.shape != value.shape and not layers.is_quantised(module)):
+        module: Any = stored.modules[path]
+        own: Any = getattr(module, param, None)
+        task = path == head and _within(name, saved) and isinstance(own, Tensor) and own.shape[1:] == value.shape[1:]
+        if task and not labels and own.shape != value.shape:  # PEFT does not say what they are called
+            labels = tuple(f"LABEL_{i}" for i in range(len(value)))
+        if not isinstance(own, Tensor) or not (own.shape == value.shape or task or layers.is_quantised(module)):
             shape = tuple(own.shape) if isinstance(own, Tensor) else "none"
             raise DeltatuneError(
                 f"tensor {key!r} has shape {tuple(value.shape)}, the model's is {shape}; "
                 "if its vocabulary was extended, call `model.resize_token_embeddings` first"
             )
-        same = torch.equal(own.detach(), value.to(own))  # in the precision that the base has
+        same = own.shape == value.shape and torch.equal(own.detach(), value.to(own))  # in the base's precision
         if _within(name, saved) and param in ("weight", "bias"):
             beside.setdefault(path, {})[param] = value
         elif not same and param in ("weight", "bias"):
@@ -135,7 +142,11 @@ def decode_saved(model: nn.Module, config: Mapping[str, Any], stored: Stored) ->
         key = next(iter(stored.left))
         stored.path(key.rpartition(".")[0], key)
         raise DeltatuneError(f"tensor {key!r} belongs to nothing that {config.get('peft_type')} is known to hold")
-    return _pieces(model, stored, inside), _pieces(model, stored, beside)
+    return _pieces(model, stored, inside), _pieces(model, stored, beside, labels if head in beside else ())
+
+
+def _is_known(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) in ANATOMY
 
 
 def _sharing(stored: Stored, own: Tensor, param: str) -> list[str]:
@@ -163,7 +174,7 @@ def _tokens(model: Any, config: Mapping[str, Any], stored: Stored) -> Copies:
     return tied | found
 
 
-def _pieces(model: nn.Module, stored: Stored, copies: Copies) -> list[Piece]:
+def _pieces(model: nn.Module, stored: Stored, copies: Copies, labels: tuple[str, ...] = ()) -> list[Piece]:
     order = {path: i for i, path in enumerate(stored.modules)}
     whole = sorted((p for p, own in copies.items() if "weight" in own), key=order.__getitem__)
     biases = sorted((p for p in copies if p not in whole), key=order.__getitem__)
@@ -181,5 +192,6 @@ def _pieces(model: nn.Module, stored: Stored, copies: Copies) -> list[Piece]:
                     value = copies[path].get(param, own.detach())
                     units.append((path, {"v": read_like(module, param, value)}))
         if paths:
-            found.append(Piece(cls(targets=exact_targets(model, paths)), units))
+            targets = exact_targets(model, paths)
+            found.append(Piece(Tune(targets=targets, labels=labels) if cls is Tune else cls(targets=targets), units))
     return found

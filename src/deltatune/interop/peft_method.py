@@ -24,6 +24,7 @@ from deltatune.interop.peft_config import (
     PeftConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
+    PromptEncoderReparameterizationType,
     PromptLearningConfig,
     PromptTuningConfig,
     PromptTuningInit,
@@ -34,6 +35,7 @@ from deltatune.methods.bitfit import BitFit
 from deltatune.methods.dora import DoRA
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
+from deltatune.methods.p_tuning import PTuning
 from deltatune.methods.prefix import PrefixTuning
 from deltatune.methods.prompt import PromptTuning
 from deltatune.methods.tune import Tune
@@ -300,7 +302,12 @@ def _prefix(model: nn.Module, config: PrefixTuningConfig) -> Method:
 
 
 def _ptuning(model: nn.Module, config: PromptEncoderConfig) -> Method:
-    raise DeltatuneError("PromptEncoderConfig: P-tuning is not offered yet; prompt tuning and prefix tuning are")
+    hidden = config.encoder_hidden_size or _fill(model, config).token_dim
+    if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP:
+        return PTuning(length=_length(config), encoder="mlp", layers=3, hidden=hidden)
+    if config.encoder_dropout:
+        raise DeltatuneError(f"PromptEncoderConfig: encoder_dropout={config.encoder_dropout} is not offered; give 0")
+    return PTuning(length=_length(config), layers=config.encoder_num_layers, hidden=hidden)
 
 
 def _fill(model: nn.Module, config: PromptLearningConfig) -> PromptLearningConfig:

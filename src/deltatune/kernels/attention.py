@@ -106,12 +106,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float | None 
     if torch.is_autocast_enabled(kind(q)):
         q, k, v = (t.to(torch.get_autocast_dtype(kind(q))) for t in (q, k, v))
     if q.device.type in ("cpu", "meta"):
-        with torch.autocast("cpu", enabled=False):
-            y: Tensor = _Pieces.apply(q[0], k[0], v[0], *blocks.groups, scale)  # type: ignore[no-untyped-call]
-            return y[None]
+        return _in_pieces(q, k, v, blocks, scale)
     run: Any = torch.compile(flex_attention) if not torch.compiler.is_compiling() else flex_attention
     y = run(q, k, v, block_mask=blocks.mask(q.device), scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return y.transpose(1, 2)
+
+
+@torch.compiler.disable  # its shapes are those of this batch's documents
+def _in_pieces(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scale: float) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        y: Tensor = _Pieces.apply(q[0], k[0], v[0], *blocks.groups, scale)  # type: ignore[no-untyped-call]
+        return y[None]
 
 
 class _Pieces(torch.autograd.Function):
@@ -178,7 +183,7 @@ def _queries(q: Tensor, k: Tensor, group: Group, padding: float | None = None) -
     `padding`: what stands where there is no token."""
     rows = q.transpose(0, 1).index_select(0, group.queries.flatten())
     if padding is not None:
-        rows.index_fill_(0, group.padding, padding)
+        rows.index_fill_(0, group.padding.to(rows.device), padding)
     n = len(group.counts)
     rows = rows.view(len(group.queries), n, PIECE, len(k), -1, q.shape[2]).permute(1, 0, 3, 4, 2, 5)
     return rows.contiguous().view(n, len(group.queries), len(k), -1, q.shape[2])

@@ -78,5 +78,5 @@ class Triplets(Delta):
 
     def forward(self, call: Base, x: Any) -> Any:
         up, down = self.factors()
-        y = call.plus(x, up, down, self.dropout.p if self.training else 0.0)
+        y = call.plus(x, up, down, dropout=self.dropout.p if self.training else 0.0)
         return super().forward(call, x) if y is None else y

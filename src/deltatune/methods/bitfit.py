@@ -14,14 +14,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltatune.core import Select
-from deltatune.methods.tune import Tune
+from torch import nn
+
+from deltatune.core import Method, Select, Site
+from deltatune.methods.tune import Copy
 
 
 @dataclass(frozen=True, kw_only=True)
-class BitFit(Tune):
+class BitFit(Method):
     lr: ClassVar[float] = 1e-3
     targets: Select = "all-layers"
 
     at: ClassVar[tuple[str, ...]] = ("bias",)
     otherwise: ClassVar[str] = "; this model has none to train: IA3, or Tune on its norms, trains about as few numbers"
+
+    def build(self, site: Site, shared: nn.Module | None) -> Copy:
+        return Copy(site)

@@ -51,7 +51,7 @@ class Houlsby(Method):
             raise DeltatuneError(f"Houlsby: size must be at least 1, got {self.size}")
 
     def parts(self) -> Sequence[Method]:
-        adapters = self if self.targets is not None else replace(self, targets=_Sublayers(self.usual))
+        adapters = self if self.targets is not None else replace(self, targets=Sublayers(self.usual))
         return (adapters,) if self.norms is None else (adapters, Tune(targets=self.norms))
 
     def build(self, site: Site, shared: nn.Module | None) -> Bottleneck:
@@ -61,7 +61,7 @@ class Houlsby(Method):
         return unit
 
 
-class _Sublayers:
+class Sublayers:
     """Selects the usual parts but those of cross-attention: made at the root, where a walk over a model begins."""
 
     def __init__(self, usual: tuple[str, ...]) -> None:

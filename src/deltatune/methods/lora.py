@@ -101,6 +101,6 @@ class LowRank(Awaiting):
                 t.mul_(math.sqrt(1 - share))
 
     def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
-        up, down = self.product()
-        y = self.outer(call).plus(x, up, down, self.dropout.p if self.training else 0.0)
+        up, down, s = (self.b, self.a, self.s) if self.a0 is None else (*self.product(), 1.0)
+        y = self.outer(call).plus(x, up, down, s, self.dropout.p if self.training else 0.0)
         return super().forward(call, x, *args, **kwargs) if y is None else y

@@ -11,55 +11,72 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import Adapter, Base, DeltatuneError, Intervention, Method, Site, Union
-from deltatune.models.prefixing import Positions, geometry, group, prepend, stack, width
+from deltatune.core import DeltatuneError, Method, Site
+from deltatune.models.prefixing import Flat, Positions, Prefix, geometry, group, heard, width
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(Method):
-    """`length` p; `hidden` m, the width of the network that makes the prefix, None to train P_k and P_v themselves."""
+    """`length` p; `hidden` m, the width of the network that makes the prefix, None to train P_k and P_v themselves.
+
+    init: "normal", N(0, 1) for P_k and P_v or for P'; or the token ids of a text, repeated or cut to p, whose keys and
+        values in the base are where it starts (the paper's low-data setting); with a network exactly if m >= p.
+    dropout: of P_k and P_v in training.
+    """
 
     lr: ClassVar[float] = 5e-3
     length: int = 16
     hidden: int | None = None
+    init: Literal["normal"] | tuple[int, ...] = "normal"
+    dropout: float = 0.0
 
     usual = ("attention",)
-    at = ("attention",)
+    at: ClassVar[tuple[str, ...]] = ("attention",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self).__name__
         if wrong := [n for n, v in (("length", self.length), ("hidden", self.hidden)) if v is not None and v < 1]:
-            raise DeltatuneError(f"PrefixTuning: {wrong[0]} must be at least 1, got {getattr(self, wrong[0])}")
+            raise DeltatuneError(f"{name}: {wrong[0]} must be at least 1, got {getattr(self, wrong[0])}")
+        if self.init != "normal" and (isinstance(self.init, str) or not self.init):
+            raise DeltatuneError(f"{name}: init is 'normal' or token ids, got {self.init!r}; tokenise a text first")
+        if not 0 <= self.dropout < 1:
+            raise DeltatuneError(f"{name}: dropout must be at least 0 and below 1, got {self.dropout}")
 
     def parts(self) -> Sequence[Method]:
         return self, Positions()
 
+    def flat(self) -> PrefixTuning:
+        return replace(self, hidden=None)
+
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
-        if self.hidden is None:
-            return None
-        return nn.ModuleDict({g: Trunk(s, self.length, self.hidden) for g, s in {group(s): s for s in sites}.items()})
+        trunks, text = Trunks(), isinstance(self.init, tuple) and sites[0].device.type != "meta"
+        if self.hidden is not None:
+            trunks.update({g: Trunk(s, self.length, self.hidden) for g, s in {group(s): s for s in sites}.items()})
+        trunks.text = heard(sites, (self.init * self.length)[: self.length]) if text else {}  # type: ignore[arg-type]
+        return trunks if trunks or text else None
 
     def build(self, site: Site, shared: nn.Module | None) -> Prefix:
         heads, dim = geometry(site)
-        if isinstance(shared, nn.ModuleDict) and self.hidden is not None:
-            return Prefix(Network(shared[group(site)], self.hidden, site, heads, dim))
-        return Prefix(Flat(*torch.randn(2, heads, self.length, dim, **site.like)))
+        text = shared.text.pop(site.path, None) if isinstance(shared, Trunks) else None
+        if not isinstance(shared, Trunks) or self.hidden is None:
+            start = torch.randn(2, heads, self.length, dim, **site.like) if text is None else text
+            return Prefix(Flat(*start), self.dropout)
+        network = Network(shared[group(site)], self.hidden, site, heads, dim)
+        if text is not None:
+            network.fit(*text)
+        return Prefix(network, self.dropout)
 
 
-class Flat(nn.Module):
-    """`k`, `v` (kv heads, p, head_dim)."""
+class Trunks(nn.ModuleDict):
+    """By group; `text`: what prefixes still to be built start from, by path."""
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        super().__init__()
-        self.k, self.v = nn.Parameter(k), nn.Parameter(v)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.k, self.v
+    text: dict[str, tuple[Tensor, Tensor]]
 
 
 class Trunk(nn.Module):
@@ -85,37 +102,9 @@ class Network(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         return self.up(self.trunk()).unflatten(-1, (2, self.heads, -1)).permute(1, 2, 0, 3).unbind()
 
-
-class Prefix(Intervention):
-    """`source()` -> P_k, P_v (kv heads, p, head_dim)."""
-
-    only_prepends = True  # so it runs where attention is computed in the module, too
-
-    def __init__(self, source: nn.Module) -> None:
-        super().__init__()
-        self.source = source
-
-    def forward(self, call: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        k, v = self.source()
-        return prepend(call, k[None], v[None], None, query, key, value, mask, **kwargs)
-
-    @classmethod
-    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
-        return prepend(call, *stack([u.source() for u in units], rows), *args, **kwargs)
-
-
-@torch.no_grad()
-def flatten(adapter: Adapter) -> None:
-    """Replace the network by the keys and values that it makes, the same to the bit: they alone are saved then."""
-    for _, unit in adapter.units():
-        if isinstance(unit, Prefix) and isinstance(unit.source, Network):
-            unit.source = Flat(*(t.clone() for t in unit.source()))
-    for i in [i for i, m in enumerate(adapter.method.parts()) if isinstance(m, PrefixTuning) and m.hidden is not None]:
-        adapter.record.shared.pop(str(i))
-    adapter.record.method = _flat(adapter.method)
-
-
-def _flat(m: Method) -> Method:
-    if isinstance(m, Union):
-        return replace(m, methods=tuple(map(_flat, m.methods)))
-    return replace(m, hidden=None) if isinstance(m, PrefixTuning) else m
+    @torch.no_grad()
+    def fit(self, k: Tensor, v: Tensor) -> None:
+        """The nearest W_up at which the mean squared error to k and v is least: the paper takes Adam's steps to it."""
+        x, y = self.trunk(), torch.stack([k, v]).permute(2, 0, 1, 3).flatten(1)
+        change = torch.linalg.pinv(x.double()) @ (y - self.up(x)).double()
+        self.up.weight += change.T.to(self.up.weight.dtype)

@@ -44,10 +44,11 @@ class PromptTuning(Method):
         if isinstance(self.init, tuple):
             object.__setattr__(self, "init", tuple(tuple(i) if isinstance(i, list) else i for i in self.init))
         if self.length < 1:
-            raise DeltatuneError(f"PromptTuning: the length must be at least 1, got {self.length}")
+            raise DeltatuneError(f"{type(self).__name__}: the length must be at least 1, got {self.length}")
         if self.init not in ("vocabulary", "uniform") and (isinstance(self.init, str) or not self.init):
             raise DeltatuneError(
-                f"PromptTuning: init is 'vocabulary', 'uniform' or token ids, got {self.init!r}; tokenise a text first"
+                f"{type(self).__name__}: init is 'vocabulary', 'uniform' or token ids, got {self.init!r}; tokenise a "
+                "text first"
             )
 
     def shared(self, sites: Sequence[Site]) -> nn.Module | None:
@@ -73,7 +74,9 @@ class PromptTuning(Method):
             given: list[Ids] = [i if isinstance(i, tuple) else (i,) for i in self.init]
             rows = given + rows if isinstance(self.init[0], tuple) else given * -(-p // len(given))
         if wrong := [i for row in rows for i in row if not 0 <= i < n]:
-            raise DeltatuneError(f"PromptTuning: init: token id {wrong[0]} is not among the {n} of the vocabulary")
+            raise DeltatuneError(
+                f"{type(self).__name__}: init: token id {wrong[0]} is not among the {n} of the vocabulary"
+            )
         means = [table(torch.tensor(r, device=table.weight.device)).mean(0) for r in rows[:p]]
         return torch.stack(means).to(**site.like)
 

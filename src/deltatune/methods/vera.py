@@ -92,7 +92,7 @@ class Vectors(Delta):
 
     def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not call.is_linear:
-            y = call.plus(x, *self.factors(), self.dropout.p if self.training else 0.0)
+            y = call.plus(x, *self.factors(), dropout=self.dropout.p if self.training else 0.0)
             return super().forward(call, x, *args, **kwargs) if y is None else y
         (b, a), h = self.projected(), self.dropout(x.to(self.d.dtype))
         update = self.b * F.linear(self.d * F.linear(h, a), b)  # the vectors scale activations, not the matrices

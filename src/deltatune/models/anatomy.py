@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from deltatune.core.errors import DeltatuneError, nearest
-from deltatune.core.select import Fused, Select, register_parts, walk
+from deltatune.core.select import Fused, Select, register_parts, resolve, walk
 
 Side = Literal["encoder", "decoder"]
 Layout = Callable[[Any], tuple[tuple[int, int, int], int]]
@@ -35,10 +35,12 @@ class Anatomy:
 
     ``attention`` computes attention (and passes itself to the attention function), ``cross_attention`` are those that
     look at an encoder. ``q, k, v`` are None where ``qkv`` is one projection; its output rows are then ``groups``
-    repetitions of pieces of relative ``sizes``: ``layout(config) -> (sizes, groups)``. ``gate_up`` is likewise
-    [gate | up]. ``mlp`` is None where the block holds ``up`` and ``down`` itself. ``norm`` matches every norm and
-    ``head`` every linear layer above the backbone. ``backbone`` takes the token ids (or pixels, or spectrogram) and
-    runs embeddings and blocks, an encoder-decoder's encoder; where it matches nothing, the root is the backbone.
+    repetitions of pieces of relative ``sizes``: ``layout(config) -> (sizes, groups)``. ``gate_up`` is likewise [gate |
+    up]. ``mlp`` is None where the block holds ``up`` and ``down`` itself. ``norm`` matches every norm, and
+    ``post_norm`` those that end a block, over its last residual sum, where norms follow the sums; None where they
+    precede the sublayers. ``head`` matches every linear layer above the backbone. ``backbone`` takes the token ids (or
+    pixels, or spectrogram) and runs embeddings and blocks, an encoder-decoder's encoder; where it matches nothing, the
+    root is the backbone.
     """
 
     block: str
@@ -57,6 +59,7 @@ class Anatomy:
     gate_up: str | None = None
     mlp: str | None = None
     cross_attention: str | None = None
+    post_norm: str | None = None
     embedding: str | None = None
     position: str | None = None
     norm: str = _NORM
@@ -64,7 +67,7 @@ class Anatomy:
     decoder: str | None = None
 
 
-_IN_BLOCK = ("attention", "cross_attention", "q", "k", "v", "qkv", "o", "mlp", "up", "gate", "gate_up", "down")
+_IN_BLOCK = ("attention", "cross_attention", *"qkvo", "qkv", "mlp", "up", "gate", "gate_up", "down", "post_norm")
 
 
 def _table(block: str, **fields: Any) -> Anatomy:
@@ -172,6 +175,7 @@ _OPT = _table(
     o=r"self_attn\.out_proj",
     up="fc1",
     down="fc2",
+    post_norm="final_layer_norm",
     embedding="embed_tokens",
     position="embed_positions",
     head=_LM,
@@ -184,6 +188,7 @@ _BERT = _table(
     o=r"attention\.output\.dense",
     up=r"intermediate\.dense",
     down=r"output\.dense",
+    post_norm=r"output\.LayerNorm",
     embedding=r"embeddings\.word_embeddings",
     position=r"embeddings\.position_embeddings",
     head=r"cls\.predictions\.(transform\.dense|decoder)|cls\.seq_relationship|classifier|qa_outputs",
@@ -206,6 +211,7 @@ _DISTILBERT = _table(
     mlp="ffn",
     up=r"ffn\.lin1",
     down=r"ffn\.lin2",
+    post_norm="output_layer_norm",
     embedding=r"embeddings\.word_embeddings",
     position=r"embeddings\.position_embeddings",
     head="vocab_transform|vocab_projector|pre_classifier|classifier|qa_outputs",
@@ -234,6 +240,7 @@ _BART = _table(
     o=r"(self_attn|encoder_attn)\.out_proj",
     up="fc1",
     down="fc2",
+    post_norm="final_layer_norm",
     embedding=r"(encoder|decoder)\.embed_tokens",
     position=r"(encoder|decoder)\.embed_positions",
     head=r"lm_head|classification_head\.(dense|out_proj)|qa_outputs",
@@ -281,7 +288,7 @@ ANATOMY: Mapping[str, Anatomy] = {
     "distilbert": _DISTILBERT,
     **dict.fromkeys(("t5", "mt5"), _T5),
     "bart": _BART,
-    "whisper": replace(_BART, embedding=rf"{_ANY}decoder\.embed_tokens", head=_WHISPER_HEAD),
+    "whisper": replace(_BART, post_norm=None, embedding=rf"{_ANY}decoder\.embed_tokens", head=_WHISPER_HEAD),
     "vit": _VIT,
     "clip": _CLIP,
     "clip_text_model": _CLIP,
@@ -316,9 +323,20 @@ def parts(model: nn.Module) -> dict[str, Select]:
         found |= {n: Fused(targets=a.qkv, sizes=sizes, take=(i,), groups=groups) for i, n in enumerate("qkv")}
     if "gate_up" in found:
         found |= {n: Fused(targets=a.gate_up, sizes=(1, 1), take=(i,)) for i, n in enumerate(("gate", "up"))}
+    if "post_norm" in found and getattr(model.config, "do_layer_norm_before", False):  # OPT's are of either kind
+        del found["post_norm"]
     if "backbone" not in found and (a.embedding is None or "embedding" in found):
         found["backbone"] = ""  # the path of the root
     return found
+
+
+def classifier(model: nn.Module) -> str | None:
+    """Path of the layer that tells classes apart, the last of a classifier's head; None where there is none."""
+    head = parts(model).get("head")
+    if head is None or getattr(model, "get_output_embeddings", lambda: None)() is not None:
+        return None
+    path = resolve(model, head)[-1].path
+    return path if path.rpartition(".")[2] in ("classifier", "score", "out_proj") else None
 
 
 def _leaves(pattern: str, paths: list[str]) -> str:

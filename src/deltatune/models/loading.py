@@ -24,6 +24,7 @@ TASKS = {
     "tagging": "AutoModelForTokenClassification",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FRESH = "_deltatune_fresh"  # of a model: the modules that the base had no weights for, drawn anew
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
@@ -95,6 +96,7 @@ def load_base(base: str | Path, task: str | None = None, *, dtype: str | torch.d
     if (missing := sorted(info["missing_keys"])) and task in ("causal", "seq2seq"):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DeltatuneError(f"base: {base}: its weights lack {', '.join(missing[:3])}{more}; copy them again")
+    model.__dict__[FRESH] = tuple(dict.fromkeys(key.rpartition(".")[0] for key in missing))
     if quantize is not None:
         load_plugins()  # now that the library is imported
     return cast(PreTrainedModel, model.eval())

@@ -19,10 +19,13 @@ from transformers import PreTrainedModel
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.method import Method, Site
 from deltatune.core.select import Select
-from deltatune.core.units import Base
+from deltatune.core.slot import switch_of
+from deltatune.core.surgery import attach, detach, using
+from deltatune.core.units import Base, Intervention
 from deltatune.models import anatomy, attention
 from deltatune.models.calls import accepted
 from deltatune.models.prompting import Layout, Prompt
+from deltatune.storage.layers import plain_class
 
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention|cross_attn")
 
@@ -51,6 +54,77 @@ def width(site: Site) -> int:
     return anatomy.hidden(site.config)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Listening(Method):
+    at = ("attention",)
+
+    def build(self, site: Site, shared: nn.Module | None) -> _Listener:
+        return _Listener()
+
+
+class _Listener(Intervention):
+    only_prepends = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, call: Base, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.heard = key, value
+        return call(query, key, value, *args, **kwargs)
+
+
+@torch.no_grad()
+def heard(sites: Sequence[Site], ids: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path -> the keys and values (kv heads, p, head_dim) of p tokens at each site, in the base alone.
+
+    Rotary positions are -p, ..., -1, for tokens that a prefix stands before begin at 0. A decoder beside an encoder
+    reads the same tokens."""
+    model: Any = sites[0].model
+    name, known = "text-of-a-prefix", switch_of(model)
+    before = None if known is None else known.current
+    modes = [(module, module.training) for module in model.modules()]
+    adapter = attach(model, _Listening(targets=tuple({re.escape(s.path): None for s in sites})), name)
+    try:
+        model.eval()
+        with using(model, name):
+            cache = _read(getattr(model, "base_model", model), ids)
+        found = {path: (unit, module) for path, module, unit, _ in adapter.sites()}
+    finally:
+        for module, training in modes:
+            module.training = training
+        detach(model, name)
+        if known is not None and before is not None:
+            known.current = before
+    return {s.path: _own(s, *found[s.path], cache) for s in sites}
+
+
+def _read(backbone: Any, ids: Sequence[int]) -> Any:
+    """The cache of a backbone that has read the tokens, if it keeps one."""
+    takes, size = accepted(backbone), getattr(backbone.get_input_embeddings(), "num_embeddings", 0)
+    if "input_ids" not in takes or "pixel_values" in takes:
+        name = plain_class(type(backbone)).__name__
+        raise DeltatuneError(f"init: {name} reads no tokens alone, so no text has keys and values there; use 'normal'")
+    if wrong := [i for i in ids if not 0 <= i < size]:
+        raise DeltatuneError(f"init: token id {wrong[0]} is not among the {size} of the vocabulary")
+    tokens = torch.tensor([ids], device=next(backbone.parameters()).device)
+    given: dict[str, Tensor] = {n: tokens for n in ("input_ids", "decoder_input_ids") if n in takes}
+    if "position_ids" in takes and any(n.endswith("inv_freq") for n, _ in backbone.named_buffers()):
+        given["position_ids"] = torch.arange(-len(ids), 0, device=tokens.device)[None]
+    out = backbone(**given, **({"use_cache": True} if "use_cache" in takes else {}))
+    return getattr(out, "past_key_values", None)
+
+
+def _own(site: Site, unit: Any, module: Any, cache: Any) -> tuple[Tensor, Tensor]:
+    pair = unit.heard
+    if pair is not None and not pair[0].shape[2] and cache is not None:  # attention in the module itself
+        layer = cache.layers[module.layer_idx]
+        pair = layer.keys, layer.values
+    if pair is None:
+        raise DeltatuneError(f"init: {site.path} never reads the text, so there are no keys and values; use 'normal'")
+    return tuple(t[0].to(**site.like) for t in pair)  # type: ignore[return-value]
+
+
 def stack(prefixes: Sequence[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(k, v) of (kv heads, p_i, head_dim) each, `rows` (b,) with -1 for none -> k, v (b, kv heads, p, head_dim), slots
     (b, p). The shorter ones stand on the right, next to the tokens."""
@@ -74,8 +148,13 @@ def prepend(call: Base, k: Tensor, v: Tensor, slots: Tensor | None, query: Tenso
         mask = torch.cat(_same_batch(_columns(mask, p, slots), mask), -1)
     if position_bias is not None:
         kwargs["position_bias"] = F.pad(position_bias, (p, 0))
-    key, value = (torch.cat([t.to(own.dtype).expand(b, -1, -1, -1), own], 2) for t, own in ((k, key), (v, value)))
+    key, value = (torch.cat([_as(own, t).expand(b, -1, -1, -1), own], 2) for t, own in ((k, key), (v, value)))
     return call(query, key, value, mask, **kwargs)
+
+
+def _as(own: Tensor, t: Tensor) -> Tensor:
+    """`t` in the precision of `own`, and zero in the widths that a unit around this one has added to its heads."""
+    return F.pad(t.to(own.dtype), (0, own.shape[-1] - t.shape[-1]))
 
 
 def _looks_back(module: Any, query: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -116,3 +195,37 @@ class Positions(Method):
 
     def build(self, site: Site, shared: nn.Module | None) -> Prompt:
         return Prompt(Layout())
+
+
+class Flat(nn.Module):
+    """`k`, `v` (kv heads, p, head_dim)."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        super().__init__()
+        self.k, self.v = nn.Parameter(k), nn.Parameter(v)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.k, self.v
+
+
+class Prefix(Intervention):
+    """`source()` -> P_k, P_v (kv heads, p, head_dim)."""
+
+    only_prepends = True  # so it runs where attention is computed in the module, too
+
+    def __init__(self, source: nn.Module, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.source, self.dropout = source, nn.Dropout(dropout)
+
+    def forward(self, call: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        k, v = (self.dropout(t.expand(len(query), -1, -1, -1)) for t in self.source())
+        return prepend(call, k, v, None, query, key, value, mask, **kwargs)
+
+    @classmethod
+    def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
+        return prepend(call, *stack([(*map(u.dropout, u.source()),) for u in units], rows), *args, **kwargs)
+
+    @torch.no_grad()
+    def flatten(self) -> None:
+        if not isinstance(self.source, Flat):
+            self.source = Flat(*(t.clone() for t in self.source()))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
 from deltatune.core.method import Site
+from deltatune.core.select import resolve, walk
 from deltatune.core.units import Base, Intervention
 from deltatune.models.anatomy import ANATOMY, parts
 from deltatune.models.calls import accepted, arguments
@@ -53,6 +54,14 @@ def layout(site: Site) -> Layout:
 def embeddings(module: Any) -> nn.Module:
     """Token ids -> the vectors that the backbone begins with, the architecture's scaling included."""
     return module.get_input_embeddings()
+
+
+def embedding_path(model: nn.Module) -> str:
+    """Where the backbone's embeddings are, an encoder-decoder's encoder's; raises if it takes no embedded tokens."""
+    match = resolve(model, None, ("backbone",))[0]
+    layout(Site(model, match.path, match.module, "call"))
+    own = embeddings(match.module)
+    return next(path for path, module in walk(model) if module is own)
 
 
 def stack(prompts: Sequence[Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,23 +180,57 @@ def _cut(out: Any, length: int, places: Tensor) -> Any:
     return out
 
 
-class Prompt(Intervention):
-    """`prompt` (p, d) at a backbone. With none, only the positions of its tokens come from the mask."""
+class Vectors(Intervention):
+    """Vectors that stand for tokens: `prompt` (p, d) itself, or what the network `source` makes in its place."""
 
     roles = {"prompt": "prompt"}
 
-    def __init__(self, at: Layout, start: Tensor | None = None) -> None:
+    def __init__(self, start: Tensor | nn.Module | None) -> None:
         super().__init__()
+        self.register_parameter("prompt", nn.Parameter(start) if isinstance(start, Tensor) else None)
+        self.source = start if isinstance(start, nn.Module) else None
+
+    def vectors(self) -> Any:
+        return self.prompt if self.source is None else self.source()
+
+    def flatten(self) -> None:
+        if self.source is not None:
+            self.prompt, self.source = nn.Parameter(self.source().clone()), None
+
+
+class Prompt(Vectors):
+    """Vectors before a backbone's tokens. With none, only the positions of its tokens come from the mask."""
+
+    def __init__(self, at: Layout, start: Tensor | nn.Module | None = None) -> None:
+        super().__init__(start)
         self.at = at
-        self.register_parameter("prompt", None if start is None else nn.Parameter(start))
 
     def forward(self, call: Base, *args: Any, **kwargs: Any) -> Any:
-        own: Any = self.prompt
+        own = self.vectors()
         return prompted(self.at, call, None if own is None else own[None], None, args, kwargs)
 
     @classmethod
     def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
-        if (first := next((u for u in units if u.prompt is not None), None)) is None:
+        own = [u.vectors() for u in units]
+        if (i := next((i for i, x in enumerate(own) if x is not None), None)) is None:
             return units[0](call, *args, **kwargs)
-        prompts, slots = stack([first.prompt[:0] if u.prompt is None else u.prompt for u in units], rows)
-        return prompted(first.at, call, prompts, slots, args, kwargs)
+        prompts, slots = stack([own[i][:0] if x is None else x for x in own], rows)
+        return prompted(units[i].at, call, prompts, slots, args, kwargs)
+
+
+class Placed(Vectors):
+    """At an embedding: the i-th `token` of a row is vector i mod p; the row's other tokens are as they were."""
+
+    def __init__(self, token: int, start: Tensor | nn.Module) -> None:
+        super().__init__(start)
+        self.token = token
+
+    def forward(self, call: Base, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x, own, here = call(ids, *args, **kwargs), self.vectors(), ids == self.token
+        if not torch.compiler.is_compiling() and bool((counts := here.sum(-1) % len(own)).any()):
+            raise DeltatuneError(
+                f"a row has {int(here.sum(-1)[counts > 0][0])} tokens {self.token}, which stand for {len(own)} "
+                "pseudo-tokens: each template holds that many, and neither a row's cut nor a chunk of it splits them"
+            )
+        i = (here.cumsum(-1) - 1).clamp(min=0) % len(own)
+        return torch.where(here[..., None], own.to(x.dtype)[i], x)

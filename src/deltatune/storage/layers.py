@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ class Kind:
         """What `up @ down` added to the weight adds to the output; None where only the dense product will do."""
         return None
 
-    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, dropout: float) -> Tensor | None:
-        """The module's forward under its weight plus `up @ down`, which sees x through dropout; None if it has none."""
+    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor | None:
+        """The module's forward under W + scale up @ down, which sees x through dropout; None if it has none."""
         return None
 
 
@@ -51,10 +52,10 @@ class LinearKind(Kind):
     def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         return F.linear(F.linear(x, down), up)
 
-    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, dropout: float) -> Tensor | None:
-        if plain_class(type(module)) not in _LAYERS or is_quantised(module):  # a subclass may have its own forward
+    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor | None:
+        if plain_class(type(module)) not in _LAYERS:  # a subclass may have its own forward
             return None
-        return lowrank.linear(x, read(module, "weight"), module.bias, down, up, dropout=dropout)
+        return lowrank.linear(x, read(module, "weight"), module.bias, down, up, scale, dropout)
 
 
 class QuantisedLinearKind(LinearKind):
@@ -67,6 +68,13 @@ class QuantisedLinearKind(LinearKind):
         twin.__dict__ = {**module.__dict__, "_parameters": {**module._parameters, "bias": None}}
         y = plain_class(type(module)).forward(twin, *args, **kwargs)
         return y + params["bias"].to(y.dtype)
+
+    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor | None:
+        if plain_class(type(module)) not in _LAYERS:
+            return None
+        forward = partial(plain_class(type(module)).forward, module)
+        w = lowrank.Quantised(forward, partial(read, module, "weight"))
+        return lowrank.linear(x, w, None, down, up, scale, dropout)
 
 
 class EmbeddingKind(Kind):

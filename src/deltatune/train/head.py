@@ -148,7 +148,7 @@ def only(model: Any, trained: Tensor) -> Iterator[None]:
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or args[0].shape[:-1] != trained.shape:
             return None
-        return args[0].flatten(0, 1).index_select(0, places)[None], *args[1:]
+        return args[0].flatten(0, 1).index_select(0, places.to(args[0].device))[None], *args[1:]
 
     handle = head.register_forward_pre_hook(select)
     try:

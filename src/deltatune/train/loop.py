@@ -25,12 +25,14 @@ from deltatune.data.encode import IGNORED
 from deltatune.data.loader import Batches
 from deltatune.data.packing import Batch
 from deltatune.models.blocks import blocked
+from deltatune.models.fused import fused
 from deltatune.train import checkpoint, metrics, optimizer
 from deltatune.train.checkpoint import Checkpoints, Snapshot
 from deltatune.train.loss import autocast, evaluate, outcome, targets
 from deltatune.train.memory import kept_freed
 from deltatune.train.metrics import Log, Record, Report
 from deltatune.train.options import SHARE, TrainOptions
+from deltatune.train.pace import paced
 from deltatune.train.process import Processes, interruptible
 from deltatune.train.proof import Proof, checksums, detached, digest
 from deltatune.train.recompute import recomputing
@@ -111,11 +113,13 @@ class _Trainer:
         self.each = options.accumulation(batches)
         steps, self.total = options.count(batches)
         data = TrainingData(model, batches, self.device, self.dtype)
-        self.run = Run(model, adapter, steps, losses=data.losses, examples=data.examples)
+        self.run = Run(model, adapter, steps, losses=data.losses, examples=data.examples, exit=stack)
         if not getattr(model, "hf_device_map", None) and any(p.device != self.device for p in model.parameters()):
             model.to(self.device)
         stack.enter_context(_prepared(model, adapter, options))
         stack.enter_context(blocked(model) if batches.blocked else nullcontext())
+        stack.enter_context(fused(model))
+        self.pace = stack.enter_context(paced(model, options.speed, options.activation_checkpointing))
         self.processes.share(list(checkpoint.weights(model, adapter).values()))
         stack.enter_context(kept_freed() if self.device.type == "cpu" else nullcontext())
         set_seed(options.seed)
@@ -124,7 +128,7 @@ class _Trainer:
         self.base = digest(sums)
         given = [*([] if adapter is None else adapter.callbacks()), *callbacks]
         self.names = [type(c).__name__ for c in given]
-        self.events = [c.start(self.run) for c in given]
+        self.events, self.passes = [c.start(self.run) for c in given], max((c.passes for c in given), default=1)
         self.optimizer = self.run.optimizer = self._optimizer()
         self.best: dict[str, Any] | None = None
         self.waited, self.tokens, self.seconds = 0, 0, 0.0
@@ -141,10 +145,8 @@ class _Trainer:
         if output is not None and self.processes.main:
             self.log = Log(output, self.run.step, options.tensorboard)
             stack.callback(self._close)
-        self.history: list[Record] = []
-        self.saved = last
+        self.history, self.saved, self.unlogged = list[Record](), last, 0
         self.began = self.since = time.perf_counter()
-        self.unlogged = 0
 
     def train(self, interrupted: list[int]) -> Result:
         run, options = self.run, self.options
@@ -156,13 +158,13 @@ class _Trainer:
             if self.processes.any(bool(interrupted)):
                 self._interrupt()
             run.step += 1
+            began = time.perf_counter()
             record = {"step": run.step, "steps": run.steps, **self._step()}
             loss = record["loss"]
+            self.pace.step(time.perf_counter() - began, record["tokens"], run.steps - run.step, self._note)
             over, improved = run.step == run.steps, False
-            if run.step % options.log_every == 0 or over:
-                record |= self._speed()
-            else:
-                record = {"step": run.step, "steps": run.steps}
+            logs = run.step % options.log_every == 0 or over
+            record = record | self._speed() if logs else {"step": run.step, "steps": run.steps}
             if self.held_out is not None and (run.step % eval_every == 0 or over):
                 began = time.perf_counter()
                 found = evaluate(self.model, self.held_out, self.dtype, self.processes)
@@ -198,16 +200,16 @@ class _Trainer:
 
         losses = []
         for batch, count in zip(micro, counts, strict=True):
-            run.share = count / trained
+            run.share, run.targets, run.adapters = count / trained, targets(batch, self.batches.task), batch.adapters
             with autocast(self.device, self.dtype):
-                total = outcome(self.model, batch.to(self.device), self.batches.task).total
-            loss = total / trained
+                found = outcome(self.model, batch.to(self.device), self.batches.task, self.passes)
+            loss, run.logits = found.total / trained, found.logits
             for events in self.events:
                 loss = events.on_loss(run, loss)
             if not loss.requires_grad:
                 raise detached(run)
             loss.backward()
-            losses.append(torch.stack([total.detach(), loss.detach().float()]))
+            losses.append(torch.stack([found.total.detach(), loss.detach().float()]))
         values = torch.stack(losses)
         if not bool(values.isfinite().all()):
             bad = [batch for batch, finite in zip(micro, values.isfinite().all(1).tolist(), strict=True) if not finite]

@@ -10,20 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
+from deltatune.core.surgery import using
 from deltatune.data.encode import IGNORED, Task
 from deltatune.data.loader import Batches
 from deltatune.data.packing import Batch
 from deltatune.models.blocks import layout
+from deltatune.routers.per_row import PerRow
 from deltatune.train.head import loss_by_chunks, only
 from deltatune.train.process import Processes
 
 
 class Outcome(NamedTuple):
-    """`total` is the sum of the losses in nats, `targets` how many it is over, `correct` how many were hit."""
+    """`total` is the sum of the losses in nats, `targets` how many it is over, `correct` how many were hit; `logits`
+    (targets, classes) are there for each pass, if there are several."""
 
     total: Tensor
     targets: int
     correct: Tensor
+    logits: tuple[Tensor, ...] = ()
 
 
 def targets(batch: Batch, task: Task) -> Tensor:
@@ -33,22 +37,36 @@ def targets(batch: Batch, task: Task) -> Tensor:
     return F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED) if task == "causal" else batch.labels
 
 
-def outcome(model: nn.Module, batch: Batch, task: Task) -> Outcome:
-    """Cross-entropy of `batch`, summed. Raises DeltatuneError when the model's logits do not fit the labels."""
-    with layout(batch.blocks):
-        return _outcome(model, batch, task)
+def outcome(model: nn.Module, batch: Batch, task: Task, passes: int = 1) -> Outcome:
+    """Cross-entropy of `batch`, summed, with rows under the adapters that they name.
+
+    passes: forward passes, each with random draws of its own; the loss is that of the first.
+    Raises DeltatuneError when the model's logits do not fit the labels."""
+    rows = nullcontext() if batch.adapters is None else using(model, router=PerRow(batch.adapters))
+    with layout(batch.blocks), rows:
+        return _outcome(model, batch, task, passes)
 
 
-def _outcome(model: nn.Module, batch: Batch, task: Task) -> Outcome:
+def _outcome(model: nn.Module, batch: Batch, task: Task, passes: int) -> Outcome:
     wanted = targets(batch, task)
     inputs = dict(batch.inputs)
     if task == "seq2seq" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _decoder_inputs(model, batch.labels)
     generates = task in ("causal", "seq2seq")
-    if generates and (found := loss_by_chunks(model, inputs, wanted, IGNORED)) is not None:
+    if generates and passes == 1 and (found := loss_by_chunks(model, inputs, wanted, IGNORED)) is not None:
         return Outcome(*found)
+    every = [_logits(model, inputs, wanted, task) for _ in range(passes)]
+    logits = every[0]
+    wanted = wanted[wanted != IGNORED].to(logits.device)
+    total = F.cross_entropy(logits, wanted, reduction="sum")
+    hits = (logits.detach().argmax(-1) == wanted).sum()
+    return Outcome(total, len(wanted), hits, tuple(every) if passes > 1 else ())
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any], wanted: Tensor, task: Task) -> Tensor:
+    """(n, classes) in fp32, of the n positions with a target."""
     trained = wanted != IGNORED
-    with only(model, trained) if generates else nullcontext():
+    with only(model, trained) if task in ("causal", "seq2seq") else nullcontext():
         logits = model(**inputs).logits
     if logits.shape[:-1] == wanted.shape:
         logits = logits[trained]
@@ -59,9 +77,7 @@ def _outcome(model: nn.Module, batch: Batch, task: Task) -> Outcome:
             f"the model gives logits of shape {tuple(logits.shape)} for labels of shape {tuple(wanted.shape)}, "
             f"which does not suit the task {task!r}; load it with the head of that task"
         )
-    logits, wanted = logits.float(), wanted[trained].to(logits.device)
-    total = F.cross_entropy(logits, wanted, reduction="sum")
-    return Outcome(total, len(wanted), (logits.detach().argmax(-1) == wanted).sum())
+    return logits.float()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -34,6 +34,7 @@ from deltatune.kernels.attention import Blocks
 from deltatune.kernels.device import standing_for
 from deltatune.models import quantise
 from deltatune.models.blocks import Unsuitable, blocked
+from deltatune.models.fused import fused
 from deltatune.train import optimizer
 from deltatune.train.head import head_of
 from deltatune.train.loss import outcome
@@ -179,18 +180,21 @@ def step(model: Any, adapter: Adapter | None, shape: Shape, dtype: torch.dtype, 
     hooks = [p.register_post_accumulate_grad_hook(lambda p: live.own(p.grad, "gradients"))  # type: ignore[arg-type]
              for p in parameters if p.requires_grad]  # fmt: skip
     head = head_of(model)
+    passes = max((c.passes for c in (() if adapter is None else adapter.callbacks())), default=1)
 
     def enter(module: nn.Module, args: Any) -> None:
-        if module is head:
-            live.phase = "loss"
+        if module is head or module is model:  # which may run more than once
+            live.phase = "loss" if module is head else "activations"
 
     hooks.append(register_module_forward_pre_hook(enter))  # one at the head itself would change how its loss is made
     model.train()
     model.config.use_cache = False
     layout = nullcontext() if shape.blocks is None else blocked(model)
     try:
-        with recomputing(model, recompute), layout, standing_for(device.type, dtype), live, _Kernels(dtype):
-            loss = outcome(model, batch, shape.task).total
+        with (recomputing(model, recompute), layout, fused(model), standing_for(device.type, dtype), live,
+              _Kernels(dtype)):  # fmt: skip
+            seen = outcome(model, batch, shape.task, passes)
+            loss = seen.total + sum(logits.sum() for logits in seen.logits)
             live.phase = "backward"
             one = torch.ones((), device=META)  # `loss.backward()` would leave `_Kernels` before recomputing blocks
             engine = torch.autograd.Variable._execution_engine

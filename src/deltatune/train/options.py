@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.data.loader import Batches
+from deltatune.train.pace import Speed
 from deltatune.train.recompute import Recompute
 
 Count = Annotated[int, Field(ge=1)]
@@ -60,6 +61,9 @@ class TrainOptions(BaseModel):
     activation_checkpointing: Recompute = "none"
     """What runs again in the backward pass, to keep fewer activations: nothing; whole blocks (also written true), for
     up to half more time; or products: what lies between the matrix products of a block, for little time."""
+    speed: Speed = "auto"
+    """Whether blocks run as they are (eager) or through torch.compile, after a warm-up of minutes; auto: compiled in
+    runs of hours, if steps of either kind, timed, say that it is faster. Compiled, sums differ in their last digits."""
     tensorboard: bool = False
 
     def __init__(self, **options: Any) -> None:
@@ -78,6 +82,8 @@ class TrainOptions(BaseModel):
         for one, other in (("epochs", "max_steps"), ("tokens_per_step", "batch_size")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} say the same thing twice; give one of them")
+        if self.speed == "compile" and self.activation_checkpointing == "products":
+            raise ValueError("activation_checkpointing: products sees no products in compiled blocks; set it to blocks")
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
             raise ValueError(f"warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
         step, batch = self.tokens_per_step or TOKENS_PER_STEP, self.tokens_per_batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from deltatune.core import (
     attach,
     nearest,
     plan,
+    resolve,
 )
 from deltatune.core.adapter import CONFIG, write_atomically
 from deltatune.data import (
@@ -35,13 +37,14 @@ from deltatune.data import (
     load,
     normalise,
     split,
+    templates,
 )
 from deltatune.data.encode import Task
 from deltatune.data.formats import Labelled, Tagged
-from deltatune.data.templates import NAMED, adds_bos, resolve
+from deltatune.data.templates import NAMED, adds_bos
 from deltatune.methods.tune import Tune
 from deltatune.models.blocks import may_block
-from deltatune.models.loading import TASKS, load_base, load_tokenizer, locate, read_config
+from deltatune.models.loading import FRESH, TASKS, load_base, load_tokenizer, locate, read_config
 from deltatune.models.quantise import require
 from deltatune.train import memory
 from deltatune.train.batching import Packing, batches, largest, packs, pointwise, wanted
@@ -153,7 +156,7 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     rows = encode(source, tokenizer, data, task, max_length)
     method = recipe.made_method()
     if method is not None and task in ("classification", "tagging"):
-        method = _with_head(method)
+        method = _with_head(method, rows.label_names or ())
     kept, held_out = held(rows, data, tokenizer, task, max_length, recipe.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if method is None else recipe.train.dtype(device)  # the optimizer's steps vanish in bf16
@@ -176,13 +179,15 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
     process = memory.held() if processes.device.type == "cpu" else 0
     may = ready.may_pack()
     options, estimate = ready.sized(process, may, processes)
-    planned = ready.plan()
+    torch.manual_seed(recipe.seed)  # a head is drawn while the base is loaded
     model = load_base(ready.base, ready.task, dtype=ready.dtype, labels=ready.rows.label_names,
                       quantize=recipe.quantize)  # fmt: skip
     if model.config.pad_token_id is None:
         model.config.pad_token_id = ready.tokenizer.pad_token_id
     torch.manual_seed(recipe.seed)
-    adapter = None if ready.method is None else attach(model, ready.method)
+    method = None if ready.method is None else _with_fresh(ready.method, model)
+    planned = ready.plan() if method is ready.method else plan(model, method)  # type: ignore[arg-type]
+    adapter = None if method is None else attach(model, method)
     if adapter is None:
         model.requires_grad_(True)
     else:
@@ -238,7 +243,8 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
         source = normalise(Rows("rows", [dict(row) for row in data], [f"rows[{i}]" for i in range(len(data))]), **how)
     task = task or _task(source, model.config)
     max_length, _ = _length(given.max_length, model.config, tokenizer)
-    encoded = encode(source, tokenizer, given, task, max_length)
+    names = adapter.labels if adapter is not None and task in ("classification", "tagging") else ()
+    encoded = encode(source, tokenizer, given, task, max_length, names or None)
     rows, other = held(encoded, given, tokenizer, task, max_length, told.seed)
     may = wanted(given, told, task) and (adapter is None or pointwise(adapter))
     packing = packs(model, may, given.packing, told, max_length)
@@ -295,11 +301,25 @@ def _length(asked: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) 
     return asked, beyond if asked > room else ()
 
 
-def _with_head(method: Method) -> Method:
-    """With the head, which starts untrained."""
-    if any(isinstance(part, Tune) and part.targets in (None, Part("head")) for part in method.parts()):
+def _with_head(method: Method, labels: Sequence[str]) -> Method:
+    """With a head for these labels, which starts untrained."""
+    members = list(method.methods) if isinstance(method, Union) else [method]
+    head = next((m for m in members if isinstance(m, Tune) and m.targets in (None, Part("head"))), None)
+    if head is None:
+        return Union(methods=(*members, Tune(targets=Part("head"), labels=tuple(labels))))
+    made = tuple(replace(m, labels=tuple(labels)) if m is head else m for m in members)
+    return made[0] if len(made) == 1 else Union(methods=made)
+
+
+def _with_fresh(method: Method, model: Any) -> Method:
+    """With what else the base had no weights for, such as BERT's pooler under a language model: it is saved then."""
+    parts = [part for part in method.parts() if isinstance(part, Tune)]
+    tuned = {match.path for part in parts for match in resolve(model, part.targets, part.usual)}
+    fresh = tuple(re.escape(path) for path in getattr(model, FRESH, ()) if path not in tuned)
+    if not fresh:
         return method
-    return Union(methods=(*method.parts(), Tune(targets=Part("head"))))
+    members = method.methods if isinstance(method, Union) else (method,)
+    return Union(methods=(*members, Tune(targets=fresh)))
 
 
 def _free(output: Path, resume: bool) -> None:
@@ -329,13 +349,11 @@ def _save(model: Any, adapter: Adapter | None, folder: Path, ready: Prepared) ->
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = str(base.resolve()) if base.is_dir() else ready.base
         config["task_type"] = next(name for name, task in PEFT_TASKS.items() if task == ready.task)
-        if ready.rows.label_names is not None:
-            config["deltatune"]["labels"] = ready.rows.label_names
         if ready.recipe.quantize is not None:
             config["deltatune"]["quantize"] = ready.recipe.quantize
         write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
     if ready.rows.summary.template is not None:
-        used = resolve(ready.recipe.data.template, tokenizer)
+        used = templates.resolve(ready.recipe.data.template, tokenizer)
         named = used.name in NAMED and not adds_bos(tokenizer)
         tokenizer.chat_template = used.source.replace("{{ bos_token }}", "") if named else used.source
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,5 @@
+"""Answering: how a base and its adapters are put to work once they are trained."""
+
+from deltatune.serve.proxy import ProxyTuning
+
+__all__ = ["ProxyTuning"]
