@@ -44,7 +44,14 @@ contracts: $(DEV) ## who may import whom
 docs: $(DEV) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict -q
 
-bench: $(DEV) ## switching and loading against PEFT, both sides in one run
+DATA ?= alpaca_en_demo.json
+
+bench: $(DEV) ## speed, memory, switching and overhead against PEFT, on an otherwise idle machine: DATA=alpaca.json
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,bench]"
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/training.py --data $(DATA)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/training.py --data $(DATA) --only methods
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/curves.py --data $(DATA)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/overhead.py
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/switching.py
 
 wheel: $(DEV) ## build the wheel, install it into a bare environment, and use it there

@@ -312,7 +312,7 @@ STACKS: dict[str, Callable[..., Any]] = {
     "recomputing blocks": lambda *a: ours(*a, activation_checkpointing="blocks"),
     "full fine-tuning": lambda *a: ours(*a, method=None),
 }  # fmt: skip
-METHODS: dict[str, Callable[[], dt.Method]] = {
+MADE: dict[str, Callable[[], dt.Method]] = {
     "one norm alone": lambda: dt.Tune(targets=r".*layers\.0\.input_layernorm"),  # the base's own passes
     "LoRA": lambda: dt.LoRA(r=R),
     "DoRA": lambda: dt.DoRA(inner=dt.LoRA(r=R)),
@@ -324,8 +324,15 @@ METHODS: dict[str, Callable[[], dt.Method]] = {
     "VeRA": dt.VeRA,
     "LoKr": dt.LoKr,
 }
-STACKS |= {f"method {name}": partial(lambda make, *a: ours(*a, packed="padded", method=make()), make)
-           for name, make in METHODS.items()}  # fmt: skip
+METHODS: dict[str, Callable[..., Any]] = {
+    f"method {name}": partial(lambda make, *a: ours(*a, packed="padded", method=make()), make)
+    for name, make in MADE.items()
+}
+STACKS |= METHODS
+
+
+if NATIVE is torch.float32:
+    del STACKS["reference, native precision"]  # it would be the tutorial again
 
 
 def main() -> None:

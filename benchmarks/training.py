@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from contenders import NATIVE, STACKS
+from contenders import METHODS, NATIVE, STACKS
 
 REFERENCES = ("reference, native precision", "reference, larger batch by length", "reference, packed",
               "reference, TRL packed")  # fmt: skip
@@ -48,8 +48,10 @@ def main() -> None:
     args.add_argument("--data", required=True, help="rows in alpaca's format")
     args.add_argument("--repeats", type=int, default=3)
     args.add_argument("--seconds", type=float, default=25)
-    args.add_argument("--only", nargs="+", choices=STACKS, default=list(STACKS))
+    args.add_argument("--only", nargs="+", choices=[*STACKS, "stacks", "methods"], default=["stacks"])
     given = args.parse_args()
+    groups = {"methods": METHODS, "stacks": [name for name in STACKS if name not in METHODS]}
+    given.only = [name for chosen in given.only for name in groups.get(chosen, [chosen])]
     packages = ("torch", "transformers", "peft", "trl")
     print(", ".join(f"{p} {version(p)}" for p in packages), "on", processor(), end="\n\n")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in given.only}
@@ -62,6 +64,8 @@ def main() -> None:
 
 
 def table(found: dict[str, dict[str, float]]) -> None:
+    if all(name in METHODS for name in found):
+        return overheads(found)
     tutorial = found.get("tutorial")
     best = max((found[n] for n in REFERENCES if n in found), key=lambda f: f["rate"], default=None)
     plain = found.get("plain")
@@ -73,6 +77,15 @@ def table(found: dict[str, dict[str, float]]) -> None:
         print(f"| {name} | {one['rate']:.0f} | {one['peak'] / 2**30:.2f} | {' | '.join(ratios)} | {share} |")
     if BEST in found and "full fine-tuning" in found:
         print(f"\nLoRA takes {found['full fine-tuning']['rate'] / found[BEST]['rate']:.2f} of full fine-tuning's time.")
+
+
+def overheads(found: dict[str, dict[str, float]]) -> None:
+    """Time per computed token over that of the frozen base's own forward and backward pass, and over LoRA's."""
+    frozen, lora = (found.get(f"method {name}") for name in ("one norm alone", "LoRA"))
+    print("| method | tokens/s | GiB above the weights | time / frozen base | time / LoRA |\n|---|---|---|---|---|")
+    for name, one in found.items():
+        ratios = [f"{other['rate'] / one['rate']:.2f}" if other else "" for other in (frozen, lora)]
+        print(f"| {name[7:]} | {one['rate']:.0f} | {one['peak'] / 2**30:.2f} | {' | '.join(ratios)} |")
 
 
 if __name__ == "__main__":
