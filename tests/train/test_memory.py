@@ -143,10 +143,11 @@ def faults():  # pages that tensors of 40 MB, made and dropped, are faulted in f
     for _ in range(10):
         torch.ones(10_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults()
 with memory.kept_freed():
     faults()  # the first few make room
     kept, resident = faults(), memory.held()
-print(kept, faults(), resident - memory.held())
+print(kept, usual, resident - memory.held())
 """
 
 
@@ -154,7 +155,7 @@ print(kept, faults(), resident - memory.held())
 def test_freed_memory_is_kept_and_then_given_back() -> None:
     found = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, check=True)
     kept, usual, given_back = map(int, found.stdout.split())
-    assert kept < 5_000 < 90_000 < usual and given_back > 30_000_000
+    assert kept < 100 < 190 < usual and given_back > 30_000_000  # huge pages are 20 to a tensor, others 10,000
 
 
 def test_other_allocators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

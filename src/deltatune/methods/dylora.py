@@ -82,11 +82,11 @@ class Nested(LowRank):
         super().__init__(site, method.r, method.alpha / method.r, method.dropout)
         self.alpha, self.frozen, self.rank = method.alpha, method.update == "frozen", rank
 
-    def product(self) -> tuple[Tensor, Tensor]:
+    def scaled_factors(self) -> tuple[Tensor, Tensor, float]:
         if self.rank.b is None or not self.training:
-            return super().product()
+            return super().scaled_factors()
         up, down = self.b[:, : self.rank.b], self.a[: self.rank.b]
         if self.frozen:
             up = torch.cat([up[:, :-1].detach(), up[:, -1:]], 1)
             down = torch.cat([down[:-1].detach(), down[-1:]])
-        return self.alpha / self.rank.b * up, down
+        return up, down, self.alpha / self.rank.b

@@ -1,0 +1,133 @@
+"""Ladders under padding, packing, caches, and rows that name their adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ladders import SEQ2SEQ, build, near, perturb
+from torch import Tensor
+
+import deltatune as dt
+from deltatune.methods.ladder import LadderSideTuning, ResidualLadder
+from deltatune.models.tiny import PAD, inputs
+
+
+def padded(family: str, side: str, pads: tuple[int, ...] = (0, 2, 4), length: int = 7) -> Any:
+    torch.manual_seed(1)
+    rows = [torch.randint(3, 99, (length - n,)) for n in pads]
+    ids, mask = torch.full((len(pads), length), PAD), torch.zeros(len(pads), length, dtype=torch.long)
+    starts = list(pads) if side == "left" else [0] * len(pads)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[i, start : start + len(row)], mask[i, start : start + len(row)] = row, 1
+    given = {"input_ids": ids, "attention_mask": mask}
+    if side == "left" and family in ("llama", "gpt2"):
+        given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return given, rows, starts
+
+
+@pytest.mark.parametrize("family,side", [(f, s) for s in ("left", "right") for f in
+                                         ("llama", "gpt2", "bloom", "opt", "roberta", "t5")]
+                         + [("bert", "right"), ("bart", "right")])  # fmt: skip
+@torch.no_grad()
+def test_padding_changes_no_real_token(family: str, side: str) -> None:
+    model = build(family)
+    perturb(dt.attach(model, LadderSideTuning(reduction=2)))
+    batch, rows, starts = padded(family, side)
+    extra = {"decoder_input_ids": torch.tensor([[0, 5, 6]])} if family in SEQ2SEQ else {}
+    got = model(**batch, **{k: v.expand(len(rows), -1) for k, v in extra.items()}).logits
+    for i, row in enumerate(rows):
+        want = model(input_ids=row[None], attention_mask=torch.ones(1, len(row), dtype=torch.long), **extra).logits[0]
+        near(got[i] if family in SEQ2SEQ else got[i, starts[i] : starts[i] + len(row)], want)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "mistral"))
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(family: str) -> None:
+    model = build(family)
+    perturb(dt.attach(model, LadderSideTuning(reduction=2)))
+    one, two = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[9, 10, 11]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+    got = model(input_ids=torch.cat([one, two], 1), position_ids=positions, use_cache=False).logits
+    near(got[:, :4], model(input_ids=one).logits)
+    near(got[:, 4:], model(input_ids=two).logits)
+
+
+def generate(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    return model.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=PAD, eos_token_id=None, **options)
+
+
+@pytest.mark.parametrize(
+    "family", ("llama", "mistral", "gemma2", "gpt2", "gptj", "opt", "bloom", "falcon", "t5", "bart")
+)
+@torch.no_grad()
+def test_generation_is_the_same_with_and_without_a_cache(family: str) -> None:
+    model = build(family)
+    perturb(dt.attach(model, LadderSideTuning(reduction=2)), size=0.3)
+    batch, rows, _ = padded(family, "right" if family == "bart" else "left")
+    batch.pop("position_ids", None)
+    want = generate(model, batch, use_cache=False)
+    assert torch.equal(generate(model, batch), want)
+    assert torch.equal(generate(model, batch, num_beams=2), generate(model, batch, num_beams=2, use_cache=False))
+    if family not in SEQ2SEQ:
+        assert torch.equal(generate(model, batch, prefill_chunk_size=3), want)
+        cached = model(**batch, use_cache=True).past_key_values
+        assert len(cached.layers) == 4  # two of the backbone, two of the ladder
+
+
+# several adapters
+
+
+PAIRS = [("ladder", "wider", f) for f in ("llama", "bert", "t5", "bart")] + [
+    ("ladder", "lora", f) for f in ("llama", "gpt2", "bloom", "t5")
+]
+METHODS = {"ladder": LadderSideTuning(reduction=2), "wider": ResidualLadder(reduction=1), "lora": dt.LoRA(r=4)}
+
+
+def two(one: str, other: str, family: str) -> Any:
+    model = build(family)
+    for seed, name in enumerate((one, other)):
+        perturb(dt.attach(model, METHODS[name], name), seed, 0.1)
+    return model
+
+
+@pytest.mark.parametrize("one,other,family", PAIRS)
+def test_rows_of_one_batch_name_their_adapters(one: str, other: str, family: str) -> None:
+    model = two(one, other, family)
+    batch = inputs(model, batch=5)
+    names = [other, None, one, other, one]
+    weight = torch.randn(model(**batch).logits.shape)
+    separate, grads = {}, {}
+    for name in (one, other, None):
+        dt.activate(model, *([name] if name else []))
+        separate[name] = model(**batch).logits
+        if name:
+            (separate[name] * weight)[torch.tensor([n == name for n in names])].sum().backward()
+            grads[name] = [p.grad.clone() for p in dt.adapters(model)[name].parameters()]  # type: ignore[union-attr]
+            model.zero_grad()
+    dt.activate(model, router=dt.PerRow(names))
+    mixed = model(**batch).logits
+    for i, name in enumerate(names):
+        near(mixed[i], separate[name][i])
+    (mixed * weight).sum().backward()
+    for name, want in grads.items():
+        for p, g in zip(dt.adapters(model)[name].parameters(), want, strict=True):
+            torch.testing.assert_close(p.grad, g, atol=1e-4 * g.abs().max().item() + 1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ("llama", "bloom", "t5"))
+@torch.no_grad()
+def test_rows_generate_under_their_own_ladders(family: str) -> None:
+    model = two("ladder", "wider", family)
+    batch, *_ = padded(family, "left")
+    batch.pop("position_ids", None)
+    names = ["wider", "ladder", None]
+    want = []
+    for i, name in enumerate(names):
+        with dt.using(model, *([name] if name else [])):
+            want.append(generate(model, batch)[i])
+    with dt.using(model, router=dt.PerRow(names)):
+        assert torch.equal(generate(model, batch), torch.stack(want))
+        both = [generate(model, batch, num_beams=2, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*both)
