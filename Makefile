@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 DEV    := $(VENV)/.dev
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help demo test test-all lint type contracts docs bench wheel clean
+.PHONY: help demo test test-all parity-adapters lint type contracts docs bench wheel clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -31,6 +31,12 @@ test: $(DEV) ## the tests, in minutes
 
 test-all: $(DEV) ## the tests and the slow ones: real models, killed runs
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --durations=15
+
+parity-adapters: $(DEV) ## AdapterHub's `adapters` in an environment of its own: save anew what the tests read, and test
+	rm -rf build/adapters tests/parity/adapters_saved && $(PYTHON) -m venv build/adapters
+	build/adapters/bin/pip install -q "torch==2.13.0" "adapters==1.3.*"
+	$(TEST_ENV) build/adapters/bin/python tests/parity/adapters_library.py tests/parity/adapters_saved
+	$(TEST_ENV) $(BIN)/python -m pytest tests/parity/test_adapters_library.py
 
 lint: $(DEV) ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

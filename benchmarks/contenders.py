@@ -196,7 +196,7 @@ def plain_linears() -> Iterator[None]:
 def whole_logits() -> Iterator[None]:
     """The loss as a model computes it: logits of every position."""
 
-    def outcome(model: Any, batch: Batch, task: str) -> Any:
+    def outcome(model: Any, batch: Batch, task: str, passes: int = 1) -> Any:
         wanted = loss.targets(batch, "causal")
         with loss.layout(batch.blocks):
             logits = model(**batch.inputs).logits.float()

@@ -1,10 +1,11 @@
 """Training speed and memory, stack against stack and trick by trick.
 
-    python benchmarks/training.py --data alpaca.json [--repeats 3] [--seconds 25] [--only NAME ...]
+    python benchmarks/training.py --data alpaca.json [--repeats 3] [--seconds 25] [--only NAME ...] [--log runs.jsonl]
 
 Each stack of `contenders.py` runs in a process of its own, one after the other, the whole sequence `--repeats` times;
 printed are medians, and ratios of medians. Nothing else may run on the machine meanwhile: two processes of several
-threads slow each other manyfold.
+threads slow each other manyfold. With `--log` every run is kept in a file as it ends; what is there counts, and a
+sequence that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -49,17 +50,26 @@ def main() -> None:
     args.add_argument("--repeats", type=int, default=3)
     args.add_argument("--seconds", type=float, default=25)
     args.add_argument("--only", nargs="+", choices=[*STACKS, "stacks", "methods"], default=["stacks"])
+    args.add_argument("--log", type=Path)
     given = args.parse_args()
     groups = {"methods": METHODS, "stacks": [name for name in STACKS if name not in METHODS]}
     given.only = [name for chosen in given.only for name in groups.get(chosen, [chosen])]
     packages = ("torch", "transformers", "peft", "trl")
     print(", ".join(f"{p} {version(p)}" for p in packages), "on", processor(), end="\n\n")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in given.only}
-    for _ in range(given.repeats):
+    logged = given.log.read_text().splitlines() if given.log is not None and given.log.exists() else []
+    for run in map(json.loads, logged):
+        runs.setdefault(run["name"], []).append(run)
+    for i in range(given.repeats):
         for name in given.only:
-            runs[name].append(measured(name, given.data, given.seconds))
-    medians = {n: {k: statistics.median(run[k] for run in found) for k in found[0] if k != "name"}
-               for n, found in runs.items()}  # fmt: skip
+            if len(runs[name]) > i:
+                continue
+            runs[name].append({**measured(name, given.data, given.seconds), "name": name})
+            if given.log is not None:
+                with given.log.open("a") as log:
+                    log.write(json.dumps(runs[name][-1]) + "\n")
+    medians = {n: {k: statistics.median(run[k] for run in runs[n]) for k in runs[n][0] if k != "name"}
+               for n in given.only}  # fmt: skip
     table(medians)
 
 

@@ -185,6 +185,68 @@ def test_draws_are_uniform_and_those_of_seed_and_step() -> None:
     assert not list(dt.AdapterDrop(n=3).callbacks())
 
 
+def depth(adapter: dt.Adapter) -> int:
+    return min((u.block for u in dropping(adapter) if not u.out), default=4)
+
+
+def test_each_step_has_its_own_draw_whether_resumed_or_not() -> None:
+    _, adapter, run, events = robust("llama", "lora")
+    draws = [dt.DepthDraw(seed=3).draw(step, 4) for step in range(1, 9)]
+    seen = [depth(adapter)]
+    while run.step < 7:
+        run.step += 1
+        events.on_step_end(run)
+        seen.append(depth(adapter))
+    assert seen == draws and len(set(draws)) > 2
+    _, other, later, again = robust("llama", "lora")
+    later.step = 5
+    again.on_train_start(later)
+    assert depth(other) == draws[5]
+
+
+def test_what_is_frozen_for_another_reason_stays_frozen() -> None:
+    model = deep("llama").train()
+    adapter = dt.attach(model, dt.AdapterDrop(inner=LORA, seed=3))
+    frozen = [p for role, p in adapter.roles() if role == "down"]
+    for p in frozen:
+        p.requires_grad_(False)
+    run = Run(model, adapter, 50)
+    (events,) = (c.start(run) for c in adapter.callbacks())
+    events.on_train_start(run)
+    while run.step < 8:
+        run.step += 1
+        events.on_step_end(run)
+        assert not any(p.requires_grad for p in frozen)
+    events.on_train_end(run)
+    assert not any(p.requires_grad for p in frozen)
+    assert all(p.requires_grad for role, p in adapter.roles() if role == "up")
+
+
+@pytest.mark.parametrize("family,table", [("gpt2", "transformer.wte"), ("llama", "model.embed_tokens")])
+def test_embeddings_are_below_the_first_block(family: str, table: str) -> None:
+    inner = dt.LoRA(r=2, targets=(Part("embedding"), Part("q", "v")))
+    sites = {n: {s.path for s in dt.plan(deep(family), dt.AdapterDrop(inner=inner, n=n)).sites} for n in (0, 1)}
+    assert table in sites[0] and table not in sites[1]
+    model = deep(family)
+    adapter = dt.attach(model, dt.AdapterDrop(inner=inner))
+    assert {u.block for path, _, unit, _ in adapter.sites() for u in unit.modules() if isinstance(u, Dropping)
+            if path == table} == {0}  # fmt: skip
+
+
+def test_a_dropped_delta_leaves_the_weight_to_a_delta_around_it() -> None:
+    model, adapter, _, _ = robust("llama", "lora")
+    randomise(dt.attach(model, dt.DoRA(inner=LORA), "around"))
+    model.train()
+    given = inputs(model)
+    want = model(**given).logits
+    for u in dropping(adapter):
+        u.out = True
+        w = torch.randn(u.inner.b.shape[0], u.inner.a.shape[1])
+        assert torch.equal(u.weight(w), w) and u.factors() is None  # type: ignore[attr-defined]
+    dt.activate(model, adapter.name, "around")
+    torch.testing.assert_close(model(**given).logits, want, atol=1e-5, rtol=1e-4)
+
+
 def test_evaluation_has_all_adapters() -> None:
     model, adapter, run, events = robust("llama", "lora")
     given = inputs(model)
@@ -270,6 +332,21 @@ def test_robust_adapters_in_rows_of_one_batch() -> None:
         alone.append(model(**given).logits)
     dt.activate(model, router=dt.PerRow(["two", "one"]))
     torch.testing.assert_close(model(**given).logits, torch.stack([alone[1][0], alone[0][1]]), atol=1e-5, rtol=1e-4)
+
+
+def test_rows_in_a_step_that_drops_some_of_their_adapters() -> None:
+    """Bloom's blocks are given ALiBi for all rows and heads at once, so rows cannot be run apart."""
+    model = deep("bloom").train()
+    given, alone, names = inputs(model, batch=3), {}, ("one", "two", "one")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        adapter = randomise(dt.attach(model, dt.AdapterDrop(inner=dt.Pfeiffer(size=2)), name))
+        for unit in dropping(adapter):
+            unit.out = unit.block < 1 + 2 * seed
+        alone[name] = model(**given).logits
+    dt.activate(model, router=dt.PerRow(names))
+    want = torch.stack([alone[n][i] for i, n in enumerate(names)])
+    torch.testing.assert_close(model(**given).logits, want, atol=1e-5, rtol=1e-4)
 
 
 def test_saves_copies_and_merges(tmp_path: Any) -> None:

@@ -10,6 +10,7 @@ from stages import batch, begin, change, deltas, go, loss, trained
 from torch import nn
 
 import deltatune as dt
+from deltatune.core import Run
 
 
 def by_hand(steps: int, ratio: float, first: int, start: list[tuple[torch.Tensor, torch.Tensor]], net: nn.Module):
@@ -81,7 +82,7 @@ def test_a_second_run_goes_on_from_the_first(tmp_path: Path) -> None:
     go(run, events, 6)
     out, kept = net(batch(1)[0]), [d.constant.up.clone() for d in deltas(run)]
     run.adapter.save(tmp_path)
-    run.step = 0
+    run = Run(net, run.adapter, 6, optimizer=run.optimizer)
     events = dt.DeltaLoRA(ratio=1.0, start_steps=0).start(run)
     events.on_train_start(run)
     torch.testing.assert_close(net(batch(1)[0]), out, rtol=1e-12, atol=1e-13)
@@ -102,3 +103,12 @@ def test_wrong_use_is_refused() -> None:
         begin(dt.DeltaLoRA(start_steps=1), 4, dt.LoRA(r=2, dropout=0.1, targets="0"))
     with pytest.raises(dt.DeltatuneError, match="nothing in training"):
         begin(dt.DeltaLoRA(start_steps=1), 4, dt.Tune(targets="0"))
+
+
+@pytest.mark.parametrize(
+    "other", [dt.DeltaLoRA(start_steps=1), dt.ReLoRA(every=4, warmup=2, restart=1), dt.PeriodicLoRA(every=4)]
+)
+def test_the_adapter_has_one_constant_which_one_callback_keeps(other: dt.core.Callback) -> None:
+    _, run, _ = begin(dt.DeltaLoRA(start_steps=1), 12)
+    with pytest.raises(dt.DeltatuneError, match="DeltaLoRA keeps what was trained as a constant in this run already"):
+        other.start(run)

@@ -154,3 +154,10 @@ def test_a_whole_run_keeps_the_best_of_phase_two(tmp_path: Path) -> None:
     size = sum(u.size for _, u in adapter.units())
     assert result.best is not None and result.best["step"] > 4
     assert sum(p.numel() for p in adapter.parameters()) == int(0.02 * size)
+
+
+@pytest.mark.parametrize("stop", [1, 6])
+def test_the_schedule_runs_in_each_phase(stop: int, tmp_path: Path) -> None:
+    """Linear over 8 steps, 4 a phase: 4/4, 3/4, 2/4, 1/4, and again, also in a run that was broken off."""
+    _, result = run_on_llama(dt.LTSFT(density=0.02), tmp_path, stop=stop, lr=4e-3, schedule="linear", warmup=0)
+    assert [round(r["lr"] * 1e3, 9) for r in result.history] == [4, 3, 2, 1, 4, 3, 2, 1][stop:]

@@ -105,6 +105,40 @@ def test_the_encoder_is_the_papers():
         near(source(), hidden @ last.weight.T + last.bias, 1e-6)
 
 
+def test_layers_and_width_of_the_encoder_are_those_asked_for():
+    n, d = 4, 32
+    model = build("llama")
+    source = unit_of(dt.attach(model, PTuning(length=n, layers=3, hidden=5), "lstm")).source
+    with torch.no_grad():
+        lstm = torch.nn.LSTM(d, 5, num_layers=3, bidirectional=True, batch_first=True)
+        lstm.load_state_dict(dict(source.lstm))
+        near(source(), source.mlp(lstm(source.e[None])[0][0]), 1e-6)
+    assert [m.weight.shape for m in (source.mlp[0], source.mlp[2])] == [(10, 10), (d, 10)]
+    source = unit_of(dt.attach(model, PTuning(length=n, encoder="mlp", layers=3, hidden=5), "mlp")).source
+    linear = [m for m in source.mlp if isinstance(m, torch.nn.Linear)]
+    assert [m.weight.shape for m in linear] == [(5, d), (5, 5), (d, 5)]
+    with torch.no_grad():
+        x = source.e
+        for i, m in enumerate(linear):
+            x = m(x if i == 0 else x.clamp(min=0))
+        near(source(), x, 1e-6)
+    assert dt.plan(build("llama"), PTuning(length=n, hidden=5, layers=3)).trained == sum(
+        p.numel() for p in dt.adapters(model)["lstm"].parameters()
+    )
+
+
+@pytest.mark.parametrize("encoder", ("lstm", "mlp", None))
+def test_pseudo_tokens_start_from_a_standard_normal(encoder):
+    torch.manual_seed(0)
+    unit = unit_of(dt.attach(tiny("llama"), PTuning(length=300, encoder=encoder)))
+    e = unit.prompt if encoder is None else unit.source.e
+    assert e.shape == (300, 32) and abs(e.mean().item()) < 0.05 and abs(e.std().item() - 1) < 0.05
+
+
+def test_defaults_are_the_papers_kind_of_encoder():
+    assert dt.PTuning() == dt.PTuning(length=9, token=None, encoder="lstm", layers=2, hidden=None)
+
+
 def test_gradients_pass_through_both_directions():
     source = BiLSTM(torch.randn(6, 8), 2, None, {})
     for row, seen in ((0, 5), (5, 0)):
@@ -246,6 +280,17 @@ def test_without_a_token_they_stand_where_a_prompt_does(family):
     want = model(**batch).logits
     dt.activate(model, "p")
     assert torch.equal(model(**batch).logits, want)
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@torch.no_grad()
+def test_a_decoder_sees_all_pseudo_tokens_before_a_padded_row(family):
+    model = build(family)
+    dt.attach(model, PTuning(length=4))
+    ids, _, mask = padded("right")
+    got = model(**given(family, ids, mask)).logits
+    for i in range(3):
+        near(got[i], model(**given(family, ids[i][mask[i].bool()][None])).logits[0])
 
 
 @pytest.mark.parametrize("reentrant", (False, True))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import deltatune as dt
-from deltatune.methods.p_tuning_v2 import PTuningV2
+from deltatune.methods.p_tuning_v2 import PTuningV2, _Classifier
 from deltatune.methods.prefix import Prefix, PrefixTuning
 from deltatune.methods.tune import Copy
 from deltatune.models.tiny import inputs, tiny
@@ -156,3 +156,15 @@ def test_with_a_network_it_is_flattened_too():
     dt.flatten(adapter)
     assert torch.equal(model(**inputs(model)).logits, want)
     assert adapter.method == PTuningV2(length=3) and len(heads_of(adapter)) == 2
+
+
+def test_where_no_part_finds_a_module_nothing_is_attached():
+    """A language model has no classifier."""
+    model = build("llama", "lm")
+    types = [type(m) for m in model.modules()]
+    for methods, told in (((_Classifier(),), r"_Classifier\(targets=None\)"), ((), "no method")):
+        for do in (dt.attach, dt.plan):
+            with pytest.raises(dt.DeltatuneError, match=rf"Union: {told} finds no module of LlamaForCausalLM.*targets"):
+                do(model, dt.Union(methods=methods))
+    assert [type(m) for m in model.modules()] == types and not dt.adapters(model)
+    assert all(p.requires_grad for p in model.parameters())

@@ -78,6 +78,12 @@ def test_opt_with_norms_after_the_sublayers_reads_the_mlp_input() -> None:
     assert {s.path.rpartition(".")[2] for s in b.sites} == {"fc1", "fc2"}
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "distilbert", "bart"])
+def test_with_norms_after_the_sums_the_mlp_reads_the_stream(family: str) -> None:
+    sites = {s.path.rpartition(".")[2] for s in dt.plan(tiny(family), dt.ParallelAdapter(size=2)).sites}
+    assert sites == {"bart": {"fc1", "fc2"}, "distilbert": {"lin1", "lin2"}}.get(family, {"dense"})
+
+
 def test_is_a_wider_feed_forward_layer() -> None:
     """With T5's relu, reading what the MLP reads: [W1; W_down] and [W2 | s W_up]."""
     torch.manual_seed(0)

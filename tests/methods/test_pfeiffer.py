@@ -127,6 +127,21 @@ def test_near_identity_start_and_choices_are_checked() -> None:
         dt.Pfeiffer(size=0)
 
 
+def test_projections_start_as_documented() -> None:
+    torch.manual_seed(0)
+    for _, unit in dt.attach(tiny("bert"), dt.Pfeiffer(size=256)).units():
+        assert isinstance(unit, Bottleneck) and abs(float(unit.down.detach().std()) - 0.02) < 1e-3
+        assert not any(p.any() for p in (unit.up, unit.down_bias, unit.up_bias))
+
+
+def test_the_towers_of_a_model_have_adapters_of_their_own_widths() -> None:
+    model = tiny("clip", vision_config={**tiny("clip").config.vision_config.to_dict(), "hidden_size": 48})
+    widths = {path: len(unit.up) for path, _, unit, _ in dt.attach(model, dt.Pfeiffer(size=3)).sites()}
+    assert widths and all(w == (48 if path.startswith("vision") else 32) for path, w in widths.items())
+    assert set(widths.values()) == {32, 48}
+    model(**inputs(model))
+
+
 def test_a_plain_model_names_its_norms() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     x = torch.randn(3, 4)

@@ -150,6 +150,25 @@ def test_a_model_without_biases_needs_other_strategies(family, tmp_path):
     assert torch.equal(model(**given).logits, want)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@torch.no_grad()
+def test_padding_on_the_left_moves_no_token_away_from_a_prefix(family):
+    model = tiny(family)
+    dt.attach(model, dt.S4(budget=1500))
+    ids = torch.tensor([[0, 0, 5, 9, 7]])
+    got = model(input_ids=ids, attention_mask=(ids > 0).long()).logits[0, 2:]
+    torch.testing.assert_close(got, model(input_ids=ids[:, 2:]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+def test_the_spindle_is_narrow_at_both_ends():
+    """As many blocks in G1 as in G4; groups of the user's own are taken as they are."""
+    for blocks in (6, 12, 17, 24, 40):
+        first, _, _, fourth = dt.S4().sizes(blocks)
+        assert first == fourth == blocks // 6
+    assert dt.S4().sizes(17) == (2, 7, 6, 2)  # files hold no sizes, so they must stay as they are
+    assert dt.S4(groups=(1, 2, 3, 4)).sizes(10) == (1, 2, 3, 4)
+
+
 def test_fewer_than_six_blocks_have_no_outer_groups():
     found = components(dt.attach(tiny("gpt2"), dt.S4(budget=1500)))
     assert list(found.values()) == [STRATEGIES[1], STRATEGIES[2]]

@@ -125,6 +125,47 @@ def test_with_constant_gates_it_is_prefix_tuning_lora_and_an_adapter(family):
     near(model(**given).logits, got)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "opt", "roberta", "t5", "bart"])
+@torch.no_grad()
+def test_with_open_gates_and_nothing_else_it_is_prefix_tuning(family):
+    """Whatever the architecture divides its scores by, caps them at or adds to them."""
+    model, adapter = adapted(family)
+    for _, unit in adapter.units():
+        for gate in gates(unit):
+            gate.weight.zero_()
+            gate.bias.fill_(50.0)
+        for m in unit.modules():
+            if isinstance(m, LowRank):
+                m.b.zero_()
+            if isinstance(m, Bottleneck):
+                m.up.zero_()
+                m.up_bias.zero_()
+    given = inputs(model)
+    got = model(**given).logits
+    plain = dt.attach(model, dt.PrefixTuning(length=3), "plain")
+    own, others = ([u for _, u in a.units() if isinstance(u, Prefix)] for a in (adapter, plain))
+    for mine, other in zip(own, others, strict=True):
+        for t, p in zip(mine.source(), (other.source.k, other.source.v), strict=True):
+            p.copy_(t)
+    near(model(**given).logits, got, 1e-9)
+    with dt.using(model):
+        assert (model(**given).logits - got).abs().max() > 1e-2
+
+
+def test_dropout_hides_some_of_the_prefix_in_training_alone():
+    torch.manual_seed(0)
+    model = tiny("llama")
+    dt.attach(model, dt.UniPELT(**SMALL, dropout=0.5))
+    given = inputs(model)
+    assert torch.equal(model(**given).logits, model(**given).logits)
+    model.train()
+    assert not torch.equal(model(**given).logits, model(**given).logits)
+
+
+def test_defaults_are_the_papers():
+    assert dt.UniPELT() == dt.UniPELT(length=10, hidden=512, r=8, size=48, dropout=0.0)
+
+
 def test_a_prefix_is_weighed_for_each_query():
     """softmax(q_t [G_t P_k; K]) [G_t P_v; V], grouped heads included."""
     torch.manual_seed(0)

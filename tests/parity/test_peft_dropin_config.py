@@ -18,7 +18,7 @@ from deltatune.interop import peft as dropin
 from deltatune.models.tiny import FAMILIES, inputs, tiny
 
 PROMPTS = ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
-CONFIGS = ["LoraConfig", "AdaLoraConfig", "IA3Config", *PROMPTS]
+CONFIGS = ["LoraConfig", "AdaLoraConfig", "IA3Config", "VeraConfig", "LoHaConfig", "LoKrConfig", *PROMPTS]
 NEEDED = {"AdaLoraConfig": {"total_step": 10}}
 
 
@@ -96,16 +96,19 @@ def test_default_targets(family: str, name: str) -> None:
 
 
 def test_tables_name_the_same_architectures() -> None:
-    from deltatune.interop import peft_method
+    from deltatune.interop import peft_targets
 
-    pairs = {
-        "_LORA": constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-        "_ADALORA": constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING,
-        "_IA3": constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
-        "_IA3_INPUTS": constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
-    }
-    for ours, theirs in pairs.items():
-        assert getattr(peft_method, ours) == {k: v for k, v in theirs.items() if k != "gemma4"}, ours
+    pairs = [
+        ("LORA", constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING),
+        ("LORA", constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING),
+        ("LORA", constants.TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING),
+        ("VERA", constants.TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING),
+        ("ADALORA", constants.TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING),
+        ("IA3_MODULES", constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING),
+        ("IA3_INPUTS", constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING),
+    ]
+    for ours, theirs in pairs:
+        assert getattr(peft_targets, ours) == {k: v for k, v in theirs.items() if k != "gemma4"}, ours
 
 
 SELECTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -219,7 +222,7 @@ REFUSED: dict[str, Any] = {
     "megatron_config": {"a": 1}, "trainable_token_indices": [1], "velora_config": {}, "alora_invocation_tokens": [1],
     "use_qalora": True, "monteclora_config": {"num_samples": 2}, "layer_replication": [(0, 2)], "lora_bias": True,
     "target_parameters": ["x"], "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 1}, "kasa_config": {"beta": 1},
-    "ensure_weight_tying": True, "init_lora_weights": "eva",
+    "ensure_weight_tying": True, "init_lora_weights": "corda",
 }  # fmt: skip
 
 
@@ -240,6 +243,7 @@ def test_refuses_what_it_lacks(field: str) -> None:
         ({"target_modules": "q_proj"}, "not found"),  # a string is a pattern of the whole path, as in PEFT
         ({"target_modules": ["self_attn"]}, "LlamaAttention"),
         ({"init_lora_weights": "gausian"}, "did you mean 'gaussian'"),
+        ({"init_lora_weights": "lora_ga"}, r"attach deltatune.LoRA\(init=LoRAGA\(\)\)"),
     ],
 )
 def test_names_the_remedy(options: dict[str, Any], words: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,15 @@ from deltatune.train.compare import (
     LOG,
     Budget,
     Row,
+    best,
     compare,
-    methods,
     ordered,
-    rate,
     read,
     recipe_for,
     train_one,
+    untrained,
 )
+from deltatune.train.entrants import entrants, methods, rate
 from deltatune.train.loss import evaluate
 from deltatune.train.recipe import Recipe
 from deltatune.train.run import prepare
@@ -70,29 +72,38 @@ def test_what_is_no_budget(text: str) -> None:
         Budget.of(text)
 
 
+def one(name: str) -> Any:
+    return entrants([name])[0]
+
+
+def without_a_process(recipe: Recipe, seconds: Any, home: Path, trains: bool, report: Any) -> Any:
+    return train_one(recipe, seconds) if trains else untrained(recipe)
+
+
 def test_methods_by_name() -> None:
     assert methods("lora, dora,full,LoRA") == ["LoRA", "DoRA", "full"]
     assert {"LoRA", "IA3", "PromptTuning"} < set(methods("all")) and "Init" not in methods("all")
+    assert methods("all,base,full")[0] == "base" and methods("all,base,full")[-1] == "full"
     for wrong, told in (("lorra", "did you mean 'LoRA'"), (" , ", "the list is empty")):
         with pytest.raises(DeltatuneError, match=told):
             methods(wrong)
 
 
 def test_each_method_has_its_own_rate_and_the_rest_is_the_recipe_s(recipe: Recipe, tmp_path: Path) -> None:
-    mine = recipe_for(recipe, "IA3", Budget(steps=7), tmp_path / "x")
+    mine = recipe_for(recipe, one("IA3"), Budget(steps=7), tmp_path / "x")
     assert mine.made_method() == dt.IA3() and mine.callbacks == [] and mine.data == recipe.data
     assert (mine.train.lr, mine.train.max_steps, mine.train.epochs, mine.train.warmup) == (dt.IA3.lr, 7, None, 1)
     assert rate("full") < rate("LoRA") == dt.LoRA.lr == dt.core.Method.lr
-    assert recipe_for(recipe, "full", Budget(tokens=1000), tmp_path).train.max_steps == 8
+    assert recipe_for(recipe, one("full"), Budget(tokens=1000), tmp_path).train.max_steps == 8
     alone = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": None})})
-    assert recipe_for(alone, "LoRA", Budget(steps=1), tmp_path).data.eval == "5%"
+    assert recipe_for(alone, one("LoRA"), Budget(steps=1), tmp_path).data.eval == "5%"
     rows = Recipe.of({**recipe.model_dump(mode="json", include={"base", "data"}), "train": {"batch_size": 4}})
     with pytest.raises(DeltatuneError, match=r"leave train.batch_size out"):
-        recipe_for(rows, "LoRA", Budget(tokens=1000), tmp_path)
+        recipe_for(rows, one("LoRA"), Budget(tokens=1000), tmp_path)
 
 
 def test_the_numbers_are_those_of_the_run(recipe: Recipe, tmp_path: Path) -> None:
-    mine = recipe_for(recipe, "LoRA", Budget(steps=4), tmp_path / "one")
+    mine = recipe_for(recipe, one("LoRA"), Budget(steps=4), tmp_path / "one")
     found = train_one(mine, None)
     saved = tmp_path / "one" / "adapter"
     model = load_base(recipe.base, dtype="float32")
@@ -111,36 +122,82 @@ def test_the_numbers_are_those_of_the_run(recipe: Recipe, tmp_path: Path) -> Non
 
 def test_a_time_is_turned_into_steps_by_timing_some(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_seconds_per_step", lambda recipe: 0.4)
-    found = train_one(recipe_for(recipe, "IA3", Budget(seconds=2), tmp_path / "one"), 2.0)
+    found = train_one(recipe_for(recipe, one("IA3"), Budget(seconds=2), tmp_path / "one"), 2.0)
     assert found["steps"] == 5 and found["eval_loss"] > 0
     monkeypatch.undo()
-    assert 0 < module._seconds_per_step(recipe_for(recipe, "IA3", Budget(seconds=2), tmp_path / "two")) < 5
+    assert 0 < module._seconds_per_step(recipe_for(recipe, one("IA3"), Budget(seconds=2), tmp_path / "two")) < 5
 
 
 def test_a_process_of_its_own(recipe: Recipe, tmp_path: Path) -> None:
-    (row,) = compare(recipe, ["IA3"], Budget(steps=2), tmp_path / "compare")
+    (row,) = compare(recipe, entrants(["IA3"]), Budget(steps=2), tmp_path / "compare")
     assert row.failed is None and row.merges and row.lr == dt.IA3.lr and row.steps == 2
     assert row.eval_loss is not None and row.eval_loss > 0 and read(tmp_path / "compare") == [row]
 
 
 def test_it_goes_on_where_it_stopped_and_a_failure_is_a_line(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(module, "_apart", lambda recipe, seconds, home, report: train_one(recipe, seconds))
+    monkeypatch.setattr(module, "_apart", without_a_process)
     folder, told = tmp_path / "compare", []
-    rows = compare(recipe, ["IA3", "BitFit"], Budget(steps=2), folder, done=lambda row: told.append(row.method))
+    rows = compare(
+        recipe, entrants(["IA3", "BitFit"]), Budget(steps=2), folder, done=lambda row: told.append(row.method)
+    )
     assert [row.method for row in rows] == ["IA3", "BitFit"] == told
     assert rows[0].failed is None and rows[1].failed is not None and rows[1].eval_loss is None
     assert "bias" in rows[1].failed and not rows[1].failed.startswith("BitFit")  # a Llama has none
     assert read(folder) == rows and len((folder / LINES).read_text().splitlines()) == 2
     before = (folder / "IA3" / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     told.clear()
-    again = compare(recipe, ["BitFit", "IA3"], Budget(steps=2), folder, done=lambda row: told.append(row.method))
+    again = compare(
+        recipe, entrants(["BitFit", "IA3"]), Budget(steps=2), folder, done=lambda row: told.append(row.method)
+    )
     assert told == ["BitFit"] and again[0] == rows[0]
     assert (folder / "IA3" / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
     for other, budget in ((recipe, Budget(steps=3)), (recipe.model_copy(update={"seed": 1}), Budget(steps=2))):
         with pytest.raises(DeltatuneError, match="another recipe or budget"):
-            compare(other, ["IA3"], budget, folder)
+            compare(other, entrants(["IA3"]), budget, folder)
     changed = recipe.model_copy(update={"method": "vera"})  # each method has its own
-    assert compare(changed, ["IA3"], Budget(steps=2), folder) == [rows[0]]
+    assert compare(changed, entrants(["IA3"]), Budget(steps=2), folder) == [rows[0]]
+
+
+def test_the_base_itself_and_every_weight(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_apart", without_a_process)
+    rows = compare(recipe, entrants(["base", "full"]), Budget(steps=2), tmp_path / "compare")
+    base = next(row for row in rows if row.method == "base")
+    model, ready = load_base(recipe.base, dtype="float32"), prepare(recipe)
+    assert ready.held_out is not None
+    held_out = Batches(ready.held_out.examples, batch_size=6, pad=ready.tokenizer.pad_token_id)
+    assert base.eval_loss == pytest.approx(evaluate(model, held_out)["eval_loss"], abs=1e-5)
+    assert base.trained is None and base.file is None
+    text = compare_table.markdown(rows, "")
+    assert re.search(r"\| base \|  \| \d", text) and "| full | 2e-05 |" in text
+
+
+def test_several_learning_rates_of_which_the_best_is_shown(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_apart", without_a_process)
+    wanted = entrants(["base", "LoRA"], (1.0, 100.0))
+    assert [e.folder for e in wanted] == ["base", "LoRA", "LoRA-lr0.02"] and wanted[2].lr == pytest.approx(2e-2)
+    rows = compare(recipe, wanted, Budget(steps=6), tmp_path / "compare")
+    loras = [row for row in rows if row.method == "LoRA"]
+    assert [row.lr for row in loras] == [pytest.approx(2e-2), pytest.approx(2e-4)]  # six steps: the larger goes further
+    assert best(rows) == [loras[0], next(row for row in rows if row.method == "base")]
+    compare_table.write(rows, tmp_path, "a title")
+    assert len(list(csv.DictReader((tmp_path / "compare.csv").open()))) == 3
+    assert (tmp_path / "compare.md").read_text().count("| LoRA |") == 1
+    for wrong in ((), (0.0, 1.0), (1.0, 1.0)):
+        with pytest.raises(DeltatuneError, match="write 0.3,1,3"):
+            entrants(["LoRA"], wrong)
+
+
+def test_a_recipe_brings_its_callbacks_rate_and_options(recipe: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: x\ndata: rows.jsonl\nmethod: {name: lora, r: 3}\ncallbacks: [lora_plus]\n"
+                    "train: {lr: 3e-3, weight_decay: 0.1, epochs: 7, batch_size: 2}\n")  # fmt: skip
+    (entrant,) = entrants(methods(str(file)))
+    mine = recipe_for(recipe, entrant, Budget(steps=4), tmp_path / "x")
+    assert mine.made_method() == dt.LoRA(r=3) and mine.callbacks == ["lora_plus"] and mine.base == recipe.base
+    assert (mine.train.lr, mine.train.weight_decay, mine.train.max_steps, mine.train.batch_size) == (3e-3, 0.1, 4, None)
+    assert entrant.name == "mine"
+    with pytest.raises(DeltatuneError, match="two would be called mine"):
+        entrants([str(file), str(file)])
 
 
 def test_a_process_that_is_killed_is_a_line_too(
@@ -157,7 +214,7 @@ def test_a_process_that_is_killed_is_a_line_too(
         begun[0].kill()
 
     monkeypatch.setattr(module.subprocess, "Popen", remembered)
-    (row,) = compare(recipe, ["IA3"], Budget(steps=500), tmp_path / "compare", report=kill)
+    (row,) = compare(recipe, entrants(["IA3"]), Budget(steps=500), tmp_path / "compare", report=kill)
     assert row.failed == "ended by signal 9 (out of memory?)" and (tmp_path / "compare" / "IA3" / LOG).is_file()
 
 
@@ -175,7 +232,7 @@ def test_tables_and_the_order_in_them(tmp_path: Path) -> None:
     written = compare_table.write(best, tmp_path, "a title")
     assert [path.name for path in written] == ["compare.csv", "compare.md", "compare.png"]
     text = (tmp_path / "compare.md").read_text()
-    assert "| Prompt\\|Tuning | 1.2500 | 40 | 4.0 KiB | 900 | 256.0 MiB | no | 10 | 5.5 s |" in text
+    assert "| Prompt\\|Tuning | 0.0002 | 1.2500 | 40 | 4.0 KiB | 900 | 256.0 MiB | no | 10 | 5.5 s |" in text
     assert "accuracy" not in text and "- BitFit: no bias" in text
     with (tmp_path / "compare.csv").open() as file:
         found = list(csv.DictReader(file))

@@ -117,6 +117,53 @@ def test_rows_of_one_batch_under_heads_of_one_size(inner: Any) -> None:
     assert named(model) == ("k", "l", "m", "n")
 
 
+def test_rows_without_a_head_of_their_own_have_the_bases_names() -> None:
+    model = base()
+    model.config.id2label, model.config.label2id = dict(enumerate("uvw")), {n: i for i, n in enumerate("uvw")}
+    plain, generic = ("u", "v", "w"), ("LABEL_0", "LABEL_1", "LABEL_2")
+    dt.attach(model, method(("a", "b", "c")), "one")
+    dt.attach(model, method(plain), "same")
+    dt.attach(model, dt.LoRA(r=2), "lora")
+    for rows, want in (
+        (["one", "one"], ("a", "b", "c")),
+        (["one", None], generic),
+        (["one", "lora"], generic),
+        (["one", "same"], generic),
+        (["same", None, "lora"], plain),
+        ([None, "lora"], plain),
+    ):
+        dt.activate(model, router=dt.PerRow(rows))
+        assert named(model) == want, rows
+    dt.activate(model)
+    assert named(model) == plain
+
+
+def test_the_head_of_the_outermost_adapter_names_the_classes() -> None:
+    model = base()
+    for name, labels in (("two", ("no", "yes")), ("five", tuple("abcde"))):
+        perturbed(dt.attach(model, method(labels), name))
+    given = inputs(model)
+    for order, labels in ((("two", "five"), tuple("abcde")), (("five", "two"), ("no", "yes"))):
+        dt.activate(model, *order)
+        assert logits(model, given).shape[-1] == len(labels) and named(model) == labels
+    dt.merge(model, "five")
+    dt.activate(model, "two")
+    assert logits(model, given).shape[-1] == 2 and named(model) == ("no", "yes")
+
+
+def test_detaching_another_adapter_leaves_the_rows_as_they_are() -> None:
+    model = base()
+    for name, labels in (("one", ("a", "b", "c")), ("other", ("a", "b", "c")), ("spare", ("x", "y"))):
+        perturbed(dt.attach(model, method(labels), name), len(name))
+    given, router = inputs(model, batch=3), dt.PerRow(["other", None, "one"])
+    dt.activate(model, router=router)
+    want = logits(model, given)
+    dt.detach(model, "spare")
+    assert torch.equal(logits(model, given), want)
+    dt.activate(model, router=dt.PerRow(["other", "other", "one"]))
+    assert named(model) == ("a", "b", "c")
+
+
 @pytest.mark.parametrize("inner", [dt.LoRA(r=2), dt.Houlsby(size=4)], ids=["PEFT's file", "own file"])
 @pytest.mark.parametrize("labels", [("good", "bad"), NAMES, ("1", "2", "3", "4")], ids=len)
 def test_a_base_of_any_number_of_classes_gets_the_adapters_head(inner: Any, labels: Any, tmp_path: Path) -> None:

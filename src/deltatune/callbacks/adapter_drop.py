@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from deltatune.core import Base, Callback, Delta, DeltatuneError, Events, Intervention, Run
@@ -35,9 +36,10 @@ class Dropping(Intervention):
     @classmethod
     def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
         kinds = {type(u.inner) for u in units}
-        if len(kinds) > 1 or any(u.dropped for u in units):
+        if len(kinds) > 1:
             return NotImplemented
-        return kinds.pop().batched([u.inner for u in units], rows, call, *args, **kwargs)
+        place = torch.tensor([*(-1 if u.dropped else i for i, u in enumerate(units)), -1], device=rows.device)
+        return kinds.pop().batched([u.inner for u in units], place[rows], call, *args, **kwargs)
 
 
 class DroppingDelta(Dropping, Delta):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltatune.callbacks.periodic import KEEPS
 from deltatune.core import Callback, DeltatuneError, Events, Run, Staged
 
 
@@ -45,6 +46,7 @@ class DeltaLoRA(Callback):
             raise DeltatuneError(
                 f"DeltaLoRA: start_steps={self.start_steps} leaves none of {run.steps} steps; lower it, or train longer"
             )
+        run.claim(KEEPS, "DeltaLoRA")
         return _Moved(self, deltas)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from deltatune.core import DeltatuneError, Events, Run
 
+KEEPS = "keeps what was trained as a constant"
 Moments = Callable[[Tensor, torch.Generator], Tensor]  # an optimizer's moment -> what the next stage begins with
 
 
@@ -59,6 +60,7 @@ class Stages(Events):
         if not any(map(ends, range(1, run.steps))):
             raise DeltatuneError(f"{name}: no stage of this run of {run.steps} steps ends before it does; make them"
                                  " shorter, or train longer")  # fmt: skip
+        run.claim(KEEPS, name)
         self.ends, self.share, self.seed = ends, share, seed
         self.moments, self.rate, self.rank = moments, rate, rank
 

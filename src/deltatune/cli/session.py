@@ -160,7 +160,7 @@ def base_of(adapters: Sequence[Path]) -> str:
     """The base that the adapters say they were trained on."""
     for folder in adapters:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if base := config.get("base_model_name_or_path"):
+        if base := config.get("base_model_name_or_path") or config.get("model_name"):  # PEFT's, or AdapterHub's
             return str(base)
     where = f"{adapters[0]} does not say which base it was trained on; " if adapters else ""
     raise DeltatuneError(f"base: {where}name one, or 'default'")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core.config import Config
+from deltatune.core.errors import DeltatuneError
 from deltatune.core.units import Intervention
 
 Groups = list[dict[str, Any]]  # the optimizer's parameter groups
@@ -37,9 +38,11 @@ class Run:
     training; the run's own order of batches is untouched. None in loops that cannot say.
     `examples()`: for each training example, a function that gives its own mean loss, in one order in all processes.
     `keep_from`: the first step whose weights may be kept as the best; a callback raises it.
+    `stage`: the steps, after the first number and up to the second, over which the schedule of the learning rate runs
+    with its warm-up; a callback whose stages begin anew sets it. None: all steps.
     `targets`: what each output of this micro-batch is to say, -100 where nothing; `adapters`: those that its rows name.
     `logits`: in `on_loss`, (n, classes) of the n trained positions, for each of `Callback.passes`; () in other loops.
-    `exit`: what is to be undone when the run ends, however it ends."""
+    `exit`: what is to be undone when the run ends, however it ends. `claimed`: see `claim`."""
 
     model: nn.Module
     adapter: Trained | None
@@ -50,10 +53,18 @@ class Run:
     losses: Callable[[int], Iterator[Tensor]] | None = None
     examples: Callable[[], Iterator[Callable[[], Tensor]]] | None = None
     keep_from: int = 0
+    stage: tuple[int, int] | None = None
     targets: Tensor | None = None
     adapters: Sequence[str | None] | None = None
     logits: Sequence[Tensor] = ()
     exit: ExitStack = field(default_factory=ExitStack)
+    claimed: dict[str, str] = field(default_factory=dict)
+
+    def claim(self, what: str, name: str) -> None:
+        """The callback `name` does `what`, which one may do. Raises DeltatuneError when another does, or it twice."""
+        if what in self.claimed:
+            raise DeltatuneError(f"{name}: {self.claimed[what]} {what} in this run already; use one of them")
+        self.claimed[what] = name
 
 
 @dataclass(frozen=True, kw_only=True)

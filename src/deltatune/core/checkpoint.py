@@ -20,8 +20,10 @@ from deltatune.core.surgery import attach, detach
 
 Decoder = Callable[[nn.Module, Mapping[str, Any], Mapping[str, Tensor]], tuple[Method, dict[str, Tensor]]]
 Reads = Callable[[Mapping[str, Any]], bool]
+Reader = Callable[[Path], tuple[dict[str, Any], dict[str, Tensor]] | None]
 
 _DECODERS: list[tuple[Reads, Decoder]] = []
+_READERS: list[Reader] = []
 
 
 def register_decoder(decode: Decoder, reads: Reads | None = None) -> None:
@@ -36,6 +38,12 @@ def register_decoder(decode: Decoder, reads: Reads | None = None) -> None:
         _DECODERS.insert(0, (reads, decode))
 
 
+def register_reader(read: Reader) -> None:
+    """Name the function that reads folders whose files a foreign format calls otherwise: (configuration, tensors), or
+    None for a folder of another format. The configuration says by which decoder it is understood."""
+    _READERS.append(read)
+
+
 def decoded(
     model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[Method, dict[str, Tensor]]:
@@ -46,6 +54,9 @@ def decoded(
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration and the tensors of a saved adapter; raises when either is missing or damaged."""
     path = Path(folder)
+    load_plugins()
+    if (foreign := next((found for read in _READERS if (found := read(path)) is not None), None)) is not None:
+        return foreign
     if not (path / CONFIG).is_file():
         raise DeltatuneError(f"{path}: no {CONFIG} there, so this is not a saved adapter")
     try:

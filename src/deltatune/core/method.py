@@ -161,8 +161,9 @@ class Method(Config):
         return (self,)
 
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes that its head tells apart; () if it has no head of its own."""
-        return ()
+        """The names of the classes that its head, or that of its `inner` method, tells apart; () if it has none."""
+        inner = getattr(self, "inner", None)
+        return inner.classes() if isinstance(inner, Method) else ()
 
     def flat(self) -> Method:
         """The method of an adapter whose networks `flatten` has dropped."""

@@ -7,7 +7,7 @@ So `isinstance` still holds, its path is unchanged, and base checkpoints load as
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
@@ -71,6 +71,11 @@ class Switch:
                 del self.threads[me]
             else:
                 self.threads[me] = before
+
+
+def within(module: nn.Module, names: tuple[str, ...], router: Router) -> AbstractContextManager[None]:
+    """For what a grafted `module` calls in this thread: `names` combined by `router` are in effect."""
+    return module._modules[SLOT].switch.using(Active(names, router))  # type: ignore[no-any-return, union-attr, operator]
 
 
 class Slot(nn.Module):

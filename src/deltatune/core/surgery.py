@@ -16,7 +16,7 @@ from torch import nn
 from deltatune.core import classes
 from deltatune.core.adapter import Adapter
 from deltatune.core.errors import DeltatuneError, nearest
-from deltatune.core.method import Method, Site, rewrite
+from deltatune.core.method import Method, Site, Union, rewrite
 from deltatune.core.select import Match, resolve, walk
 from deltatune.core.slot import Active, Record, Slot, Switch, graft, set_switch, slots, switch_of, ungraft
 from deltatune.core.units import CALL, Delta, Intervention, Router, Sliced
@@ -78,17 +78,8 @@ def _sites(model: nn.Module, part: Method, dtype: torch.dtype | None, device: st
         for at in part.at:
             if at in around or isinstance(getattr(match.module, at, None), torch.Tensor):
                 own = _float(match.module, at)
-                found.append(
-                    Site(
-                        model,
-                        match.path,
-                        match.module,
-                        at,
-                        match.rows,
-                        dtype or _at_least_fp32(own.dtype),
-                        torch.device(device or own.device),
-                    )  # fmt: skip
-                )
+                found.append(Site(model, match.path, match.module, at, match.rows, dtype or _at_least_fp32(own.dtype),
+                                  torch.device(device or own.device)))  # fmt: skip
     if not found:
         if container := next((m for m in matches if isinstance(m.module, _CONTAINERS)), None):
             raise DeltatuneError(_container(part, container))
@@ -151,6 +142,8 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
             if (common := part.shared(sites)) is not None:
                 shared[str(i)] = common
             built += [(site, _unit(part, site, common)) for site in sites]
+        if not built:
+            raise _nowhere(model, method)
         for place in dict.fromkeys(site.at for site, _ in built if site.at in _POINTS and site.at not in switch.points):
             _POINTS[place].install(model)  # first, because it may refuse the model
             switch.points += (place,)
@@ -173,6 +166,14 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
     switch.records[name] = Record(method, shared, built[0][0].dtype)
     classes.put(model, switch, Active((name,)))
     return Adapter(model, name)
+
+
+def _nowhere(model: nn.Module, method: Method) -> DeltatuneError:
+    parts = method.methods if isinstance(method, Union) else (method,)
+    told = ", ".join(f"{type(m).__name__}(targets={m.targets!r})" for m in parts) or "no method"
+    return DeltatuneError(
+        f"{type(method).__name__}: {told} finds no module of {type(model).__name__}; name some by `targets`"
+    )
 
 
 def _freeze(model: nn.Module) -> Iterator[str]:
@@ -198,6 +199,8 @@ def plan(model: nn.Module, method: Method, *, dtype: torch.dtype | None = None) 
             w = getattr(site.module, "weight", None)
             out, in_ = (site.shape.out, site.shape.in_) if isinstance(w, torch.Tensor) else (None, None)
             rows.append(PlannedSite(site.path, site.at, type(site.module).__name__, out, in_, n))
+    if not rows:
+        raise _nowhere(model, method)
     held = ((m, n, p) for _, m in walk(model) for n, p in m._parameters.items() if p is not None)
     sizes = {id(p): layers.shape(m, n).numel() for m, n, p in held}  # of weights, not of their codes
     return Plan(tuple(rows), sum(r.parameters for r in rows) + shared_size, sum(sizes.values()))
@@ -383,7 +386,8 @@ def detach(model: nn.Module, *names: str) -> None:
             if not slot.places:
                 ungraft(module)
         del switch.records[name]
-        classes.put(model, switch, Active(tuple(n for n in switch.current.names if n != name)))
+        if name in switch.current.names:
+            classes.put(model, switch, Active(tuple(n for n in switch.current.names if n != name)))
     if not switch.records:
         for place in switch.points:
             _POINTS[place].remove(model)

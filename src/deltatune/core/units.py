@@ -150,21 +150,33 @@ class Base:
         """What adding `up @ down` to the weight adds to the output, without forming it; None if it must be formed."""
         return layers.layer_of(self.module).kind.low_rank(self.module, x, up, down) if self.at == "weight" else None
 
-    def plus(self, x: Tensor, up: Tensor, down: Tensor, scale: float = 1.0, dropout: float = 0.0) -> Tensor | None:
+    def plus(self, x: Tensor, up: Tensor, down: Tensor, scale: float = 1.0, dropout: float = 0.0,
+             magnitude: Tensor | None = None) -> Tensor | None:  # fmt: skip
         """The module under W + scale up @ down, the product unformed; None if it must be formed.
 
-        dropout: the probability with which an element of x is hidden from `down`, 0 outside of training."""
+        dropout: the probability with which an element of x is hidden from `down`, 0 outside of training.
+        magnitude (out,): what the output, but for the bias, is multiplied with; None then also if that is no part of
+        the same product."""
         if self.at != "weight":
             return None
         if type(self) is Base and not self.held:
             kind = layers.layer_of(self.module).kind
-            if (y := kind.fused(self.module, x, up, down, scale, dropout)) is not None:
+            if (y := kind.fused(self.module, x, up, down, scale, dropout, magnitude)) is not None:
                 return y
+        if magnitude is not None:
+            return None
         h = F.dropout(x.to(down.dtype), dropout) if x.is_floating_point() else x
         if (update := self.low_rank(h, up, down)) is None:
             return None
         y = self(x)
         return y + (scale * update).to(y.dtype)
+
+    def plus_in_rows(self, x: Tensor, rows: Tensor, products: Sequence[layers.Product]) -> Tensor | None:
+        """As `plus`, row i of the batch with the arguments `products[rows[i]]`, or the module itself where that is -1;
+        None if the rows must be run apart."""
+        if self.at != "weight" or type(self) is not Base or self.held or x.ndim < 2:
+            return None
+        return layers.layer_of(self.module).kind.fused_rows(self.module, x, rows, products)
 
 
 class Stacked(Base):

@@ -1,6 +1,6 @@
 """Others' formats, read and written. Importing this package makes `Adapter.save` and `load` speak PEFT's, and `load`
-loralib's."""
+loralib's and AdapterHub's."""
 
-from deltatune.interop import loralib, peft_format
+from deltatune.interop import adapters, loralib, peft_format
 
-__all__ = ["loralib", "peft_format"]
+__all__ = ["adapters", "loralib", "peft_format"]

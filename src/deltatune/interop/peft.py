@@ -8,7 +8,10 @@ The model that `get_peft_model` returns is the one it was given, of a subclass o
 
 from deltatune.interop.peft_config import (
     AdaLoraConfig,
+    EvaConfig,
     IA3Config,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PeftType,
@@ -19,7 +22,9 @@ from deltatune.interop.peft_config import (
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
+    VeraConfig,
 )
+from deltatune.interop.peft_method_eva import initialize_lora_eva_weights
 from deltatune.interop.peft_model import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
@@ -39,9 +44,10 @@ from deltatune.interop.peft_model import (
 
 __all__ = [
     "AdaLoraConfig", "AutoPeftModelForCausalLM", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
-    "IA3Config", "LoraConfig", "PeftConfig", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification", "PeftType", "PrefixTuningConfig", "PromptEncoderConfig",
-    "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit", "TaskType",
-    "get_peft_model", "get_peft_model_state_dict", "prepare_model_for_kbit_training", "set_peft_model_state_dict",
+    "EvaConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "LoraConfig", "PeftConfig", "PeftModel",
+    "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "PeftType", "PrefixTuningConfig",
+    "PromptEncoderConfig", "PromptEncoderReparameterizationType", "PromptLearningConfig", "PromptTuningConfig",
+    "PromptTuningInit", "TaskType", "VeraConfig", "get_peft_model", "get_peft_model_state_dict",
+    "initialize_lora_eva_weights", "prepare_model_for_kbit_training", "set_peft_model_state_dict",
 ]  # fmt: skip

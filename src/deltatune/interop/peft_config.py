@@ -35,6 +35,9 @@ class PeftType(StrEnum):
     LORA = "LORA"
     ADALORA = "ADALORA"
     IA3 = "IA3"
+    VERA = "VERA"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
 
 
 class PromptTuningInit(StrEnum):
@@ -108,6 +111,16 @@ class PeftConfig:
 
 
 @dataclass
+class EvaConfig:
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+
+@dataclass
 class LoraConfig(PeftConfig):
     """LoRA and DoRA. Fields that would change the mathematics in ways not offered here are refused on use."""
 
@@ -150,12 +163,15 @@ class LoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        if isinstance(self.eva_config, dict):
+            self.eva_config = EvaConfig(**self.eva_config)
+        elif self.init_lora_weights == "eva" and self.eva_config is None:
+            self.eva_config = EvaConfig()
         if self.bias not in ("none", "all", "lora_only"):
             raise DeltatuneError(f"bias is 'none', 'all' or 'lora_only', got {self.bias!r}")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise DeltatuneError("layers_to_transform and layers_pattern need target_modules to be a list of names")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise DeltatuneError("layers_pattern needs layers_to_transform")
+        _layers(self)
 
 
 @dataclass
@@ -196,6 +212,82 @@ class IA3Config(PeftConfig):
         both = isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set)
         if both and (stray := self.feedforward_modules - self.target_modules):  # type: ignore[operator]
             raise DeltatuneError(f"feedforward_modules must be among target_modules; {', '.join(sorted(stray))} is not")
+
+
+@dataclass
+class VeraConfig(PeftConfig):
+    """The projections are saved whether or not `save_projection` asks for it: they are PEFT's, drawn from its key."""
+
+    r: int = 256
+    target_modules: Names = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.VERA
+        if self.bias not in ("none", "all", "vera_only"):
+            raise DeltatuneError(f"bias is 'none', 'all' or 'vera_only', got {self.bias!r}")
+        _layers(self)
+
+
+@dataclass
+class LycorisConfig(PeftConfig):
+    rank_pattern: dict[str, int] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+
+
+@dataclass
+class LoHaConfig(LycorisConfig):
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    target_modules: Names = None
+    exclude_modules: Names = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LOHA
+        _layers(self)
+
+
+@dataclass
+class LoKrConfig(LycorisConfig):
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    target_modules: Names = None
+    exclude_modules: Names = None
+    init_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LOKR
+        if self.init_weights not in (True, False, "lycoris"):
+            raise DeltatuneError(f"init_weights is True, False or 'lycoris', got {self.init_weights!r}")
+        _layers(self)
 
 
 @dataclass
@@ -254,10 +346,18 @@ CONFIGS: dict[str, type[PeftConfig]] = {
     "LORA": LoraConfig,
     "ADALORA": AdaLoraConfig,
     "IA3": IA3Config,
+    "VERA": VeraConfig,
+    "LOHA": LoHaConfig,
+    "LOKR": LoKrConfig,
     "PROMPT_TUNING": PromptTuningConfig,
     "PREFIX_TUNING": PrefixTuningConfig,
     "P_TUNING": PromptEncoderConfig,
 }
+
+
+def _layers(config: Any) -> None:
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise DeltatuneError("layers_pattern needs layers_to_transform")
 
 
 def _member(kind: type[Enum], name: str, value: Any) -> Any:

@@ -6,6 +6,8 @@ An adapter is written in this layout when it can be expressed there exactly, so 
                             that take a constant product off the base (PiSSA, OLoRA)
     IA3, AdaLoRA            and prompt tuning, P-tuning (what its encoder makes), prefix tuning
     OFT, COFT, OFTv2, BOFT  on linear layers, rotations alone where PEFT has no learned magnitude
+    VeRA                    with `save_projection`, as PEFT cannot draw A and B from our seed
+    LoHa, LoKr              on layers that store (out, in); LoHa's rows of fused projections as LoRA's
     Union(…, Tune(…))       `modules_to_save`; trained biases become LoRA's `bias="all"`
 
 Other adapters keep the library's own layout.
@@ -14,7 +16,7 @@ Other adapters keep the library's own layout.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,8 +29,7 @@ from deltatune.interop.peft_format_adalora import decode_adalora, encode_adalora
 from deltatune.interop.peft_format_common import (
     PREFIX,
     WRAPPER,
-    Fields,
-    Piece,
+    Kind,
     Placed,
     Stored,
     Tensors,
@@ -38,6 +39,7 @@ from deltatune.interop.peft_format_common import (
 )
 from deltatune.interop.peft_format_ia3 import decode_ia3, encode_ia3
 from deltatune.interop.peft_format_lora import DEFAULTS, decode_lora, encode_lora
+from deltatune.interop.peft_format_lycoris import LOHA, LOKR
 from deltatune.interop.peft_format_oft import (
     BOFT_DEFAULTS,
     OFT_DEFAULTS,
@@ -46,8 +48,10 @@ from deltatune.interop.peft_format_oft import (
     encode_boft,
     encode_oft,
 )
+from deltatune.interop.peft_format_prompt import DEFAULTS as PROMPT_DEFAULTS
 from deltatune.interop.peft_format_prompt import decode_prefix, decode_prompt, encode_prefix, encode_prompt
 from deltatune.interop.peft_format_saved import copies_of, decode_saved, encode_saved
+from deltatune.interop.peft_format_vera import VERA
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.bitfit import BitFit
 from deltatune.methods.boft import BOFT
@@ -63,41 +67,29 @@ from deltatune.methods.prompt import PromptTuning
 from deltatune.methods.tune import Copy, Tune, head_of
 from deltatune.models.prefixing import Positions
 
-Encode = Callable[[nn.Module, Sequence[Method], Sequence[Placed]], tuple[Fields, Tensors] | None]
-Decode = Callable[[nn.Module, Mapping[str, Any], Stored], Piece]
-
-_ENCODE: dict[type[Method], tuple[str, Encode]] = {
-    LoRA: ("LORA", encode_lora),
-    DoRA: ("LORA", encode_lora),
-    IA3: ("IA3", encode_ia3),
-    AdaLoRA: ("ADALORA", encode_adalora),
-    OFT: ("OFT", encode_oft),
-    COFT: ("OFT", encode_oft),
-    OFTv2: ("OFT", encode_oft),
-    BOFT: ("BOFT", encode_boft),
-    PromptTuning: ("PROMPT_TUNING", encode_prompt),
-    PTuning: ("P_TUNING", encode_prompt),
-    PrefixTuning: ("PREFIX_TUNING", encode_prefix),
-}
-_DECODE: dict[str, Decode] = {
-    "LORA": decode_lora,
-    "IA3": decode_ia3,
-    "ADALORA": decode_adalora,
-    "OFT": decode_oft,
-    "BOFT": decode_boft,
-    "PROMPT_TUNING": decode_prompt,
-    "P_TUNING": decode_prompt,
-    "PREFIX_TUNING": decode_prefix,
-}
+_KINDS = (
+    Kind("LORA", (LoRA, DoRA), encode_lora, decode_lora, DEFAULTS),
+    Kind("IA3", (IA3,), encode_ia3, decode_ia3, dict.fromkeys(("feedforward_modules", "init_ia3_weights"))),
+    Kind("ADALORA", (AdaLoRA,), encode_adalora, decode_adalora, dict.fromkeys(
+        ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"))),
+    Kind("OFT", (OFT, COFT, OFTv2), encode_oft, decode_oft, OFT_DEFAULTS),
+    Kind("BOFT", (BOFT,), encode_boft, decode_boft, BOFT_DEFAULTS),
+    VERA,
+    LOHA,
+    LOKR,
+    Kind("PROMPT_TUNING", (PromptTuning,), encode_prompt, decode_prompt, PROMPT_DEFAULTS | dict.fromkeys(
+        ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"))),
+    Kind("P_TUNING", (PTuning,), encode_prompt, decode_prompt, dict.fromkeys(
+        ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"))),
+    Kind("PREFIX_TUNING", (PrefixTuning,), encode_prefix, decode_prefix, {"prefix_projection": False}),
+)  # fmt: skip
+_ENCODE = {cls: kind for kind in _KINDS for cls in kind.methods}
+_DECODE = {kind.name: kind.decode for kind in _KINDS}
 _PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT wraps the base once for these, and twice for others
 _AUXILIARY = (Tune, BitFit, Positions)
-_KNOWN = set(DEFAULTS) | set(OFT_DEFAULTS) | set(BOFT_DEFAULTS) | {
-    "auto_mapping", "base_model_name_or_path", "deltatune", "feedforward_modules", "inference_mode", "init_ia3_weights",
-    "peft_type", "peft_version", "revision", "task_type", "runtime_config", "token_indices", "init_weights",
-    "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step",
-    "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
-    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "prefix_projection",
-    "encoder_hidden_size", "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
+_KNOWN = {name for kind in _KINDS for name in kind.fields} | {
+    "auto_mapping", "base_model_name_or_path", "deltatune", "inference_mode", "peft_type", "peft_version", "revision",
+    "task_type", "runtime_config", "token_indices", "init_weights",
 }  # fmt: skip
 
 
@@ -107,21 +99,24 @@ def encode(adapter: Adapter) -> Written | None:
     main = [p for p in parts if type(p) not in _AUXILIARY]
     if len({type(p) for p in main}) != 1 or type(main[0]) not in _ENCODE:
         return None
-    peft_type, write = _ENCODE[type(main[0])]
+    kind = _ENCODE[type(main[0])]
     places, extras = _places(adapter)
-    if not places or (written := write(adapter.model, main, places)) is None or (copies := copies_of(extras)) is None:
+    if not places or (written := kind.encode(adapter.model, main, places)) is None:
+        return None
+    if (copies := copies_of(extras)) is None:
         return None
     fields, tensors = written
     adapted = {p.path for p in places}
-    task, prompt = task_of(adapter.model), peft_type in _PROMPTS
+    task, prompt = task_of(adapter.model), kind.name in _PROMPTS
     saved = encode_saved(adapter.model, copies, adapted, task, biases="bias" in fields, by_task=prompt)
     if saved is None:
         return None
     beside, more, task = saved
-    config = common_fields(adapter.model, peft_type, task) | fields | beside
+    config = common_fields(adapter.model, kind.name, task) | fields | beside
     if prompt:
         return config, tensors | {f"{WRAPPER}{name}": t for name, t in more.items()}
-    return config, {f"{PREFIX}{name}": t for name, t in {**tensors, **more}.items()}
+    every = {**tensors, **more}
+    return config, {f"{WRAPPER if name in kind.wide else PREFIX}{name}": t for name, t in every.items()}
 
 
 def _places(adapter: Adapter) -> tuple[list[Placed], list[Placed]]:

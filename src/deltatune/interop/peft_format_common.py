@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.core import DeltatuneError, Intervention, Method, Union, resolve
+from deltatune.core.method import matching
 from deltatune.core.select import walk
 from deltatune.storage import layers
 
@@ -46,17 +48,21 @@ class Placed:
 
 @dataclass
 class Piece:
-    """A method with its units' tensors, in the order in which `attach` will build them."""
+    """A method with its units' tensors, in the order in which `attach` will build them, and those that all share."""
 
     method: Method
     units: list[tuple[str, Tensors]]
+    shared: Tensors = field(default_factory=dict)
 
 
 def assemble(pieces: Sequence[Piece]) -> tuple[Method, Tensors]:
     """One method, and the tensors under the names of `Adapter.state_dict`; the first piece is innermost."""
     tensors: Tensors = {}
     number: dict[str, int] = {}
+    part = 0
     for piece in pieces:
+        tensors |= {f"shared.{part}.{name}": t for name, t in piece.shared.items()}
+        part += len(piece.method.parts())
         for path, own in piece.units:
             i = number[path] = number.get(path, -1) + 1
             tensors |= {f"{path}.{i}.{name}".lstrip("."): t for name, t in own.items()}
@@ -105,6 +111,43 @@ def exact_targets(model: nn.Module, paths: Iterable[str]) -> str | tuple[str, ..
         else:
             found += [re.escape(p) if "." in p else f"({re.escape(p)})" for p in members]
     return found[0] if len(found) == 1 else tuple(found)
+
+
+Encode = Callable[[nn.Module, Sequence[Method], Sequence[Placed]], tuple[Fields, Tensors] | None]
+Decode = Callable[[nn.Module, Mapping[str, Any], Stored], Piece]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A `peft_type`: the methods that are written as it, how it is written and read, and its configuration's fields."""
+
+    name: str
+    methods: tuple[type[Method], ...]
+    encode: Encode
+    decode: Decode
+    fields: Fields
+    wide: tuple[str, ...] = ()  # tensors that are the adapter's and no module's
+
+
+def grouped(model: nn.Module, found: Mapping[Any, list[tuple[str, Tensors]]], cls: type[Method]) -> Piece:
+    """`found`: units by the options of their method; several methods become a union."""
+    made = [cls(targets=exact_targets(model, [p for p, _ in units]), **dict(key)) for key, units in found.items()]
+    method = made[0] if len(made) == 1 else Union(methods=tuple(made))
+    return Piece(method, [unit for units in found.values() for unit in units])
+
+
+def whole(x: float) -> float:
+    """alpha = s r is a whole number but for rounding when alpha was one, and PEFT declares it as one."""
+    return round(x) if abs(x - round(x)) <= 1e-9 * max(1.0, abs(x)) else x
+
+
+def pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common value, and the others by the path of their module."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    rest = {path: v for path, v in values.items() if v != usual}
+    if all(matching(rest, path, usual) == v for path, v in values.items()):
+        return usual, rest
+    return usual, {f"^{path}": v for path, v in rest.items()}  # where one path is the ending of another
 
 
 def is_transposed(module: nn.Module) -> bool:

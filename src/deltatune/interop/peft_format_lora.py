@@ -7,7 +7,6 @@ PEFT's A and B are our `a` and `b`, in the kernel's shape on a convolution; on a
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,8 @@ from deltatune.interop.peft_format_common import (
     exact_targets,
     frozen,
     is_transposed,
+    pattern,
+    whole,
 )
 from deltatune.methods.dora import DoRA, Magnitude
 from deltatune.methods.lora import LoRA, LowRank
@@ -97,10 +98,10 @@ def _low_rank(units: Sequence[Intervention]) -> tuple[float, Tensor, Tensor] | N
     parts = [_factors(u) for u in units]
     if any(p is None for p in parts):
         return None
-    whole = [p for p in parts if p is not None]
-    s = max((p[0] for p in whole), key=abs)
-    up = torch.cat([b if si == s else b * (si / s) for si, b, _ in whole], 1)
-    return s, up, torch.cat([a for _, _, a in whole])
+    every = [p for p in parts if p is not None]
+    s = max((p[0] for p in every), key=abs)
+    up = torch.cat([b if si == s else b * (si / s) for si, b, _ in every], 1)
+    return s, up, torch.cat([a for _, _, a in every])
 
 
 def _magnitude(place: Placed) -> tuple[Tensor, list[Intervention]] | None:
@@ -148,10 +149,10 @@ def encode_lora(model: nn.Module, parts: Sequence[Method], places: Sequence[Plac
             return None
         s, up, down = found
         r = ranks[place.path] = len(down)
-        alphas[place.path] = _plain(s * (math.sqrt(r) if root else r))
+        alphas[place.path] = whole(s * (math.sqrt(r) if root else r))
         tensors |= {f"{place.path}.{n}": t for n, t in _stored(place.module, up, down).items()}
-    r, rank_pattern = _pattern(ranks)
-    alpha, alpha_pattern = _pattern(alphas)
+    r, rank_pattern = pattern(ranks)
+    alpha, alpha_pattern = pattern(alphas)
     fields = DEFAULTS | {
         "r": r,
         "rank_pattern": rank_pattern,
@@ -173,20 +174,6 @@ def _stored(module: Any, up: Tensor, down: Tensor) -> Tensors:
         kernel = module.weight.shape[1:]
         down, up = down.reshape(len(down), *kernel), up.reshape(*up.shape, *[1] * (len(kernel) - 1))
     return {"lora_A.weight": down, "lora_B.weight": up}
-
-
-def _plain(x: float) -> float:
-    """alpha = s r is a whole number but for rounding when alpha was one, and PEFT declares it as one."""
-    return round(x) if abs(x - round(x)) <= 1e-9 * max(1.0, abs(x)) else x
-
-
-def _pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The most common value, and the others by the path of their module."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    rest = {path: v for path, v in values.items() if v != usual}
-    if all(matching(rest, path, usual) == v for path, v in values.items()):
-        return usual, rest
-    return usual, {f"^{path}": v for path, v in rest.items()}  # where one path is the ending of another
 
 
 def refuse(config: Mapping[str, Any]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune.core import DeltatuneError, Method, Union
-from deltatune.interop.peft_format_common import Fields, Piece, Placed, Stored, Tensors, exact_targets, is_transposed
+from deltatune.core import DeltatuneError, Method
+from deltatune.interop.peft_format_common import Fields, Piece, Placed, Stored, Tensors, grouped, is_transposed
 from deltatune.methods.boft import BOFT, Butterfly
 from deltatune.methods.coft import COFT, Constrained
 from deltatune.methods.oft import OFT, Rotation, skew
@@ -108,13 +108,6 @@ def _linear(stored: Stored, path: str, kind: str) -> None:
         raise DeltatuneError(f"{path}: PEFT's {kind} of a {name} is not supported; it is read for linear layers")
 
 
-def _piece(model: nn.Module, found: Mapping[Any, list[tuple[str, Tensors]]], cls: type[Method]) -> Piece:
-    """`found`: units by the options of their method; several methods become a union."""
-    made = [cls(targets=exact_targets(model, [p for p, _ in units]), **dict(key)) for key, units in found.items()]
-    method = made[0] if len(made) == 1 else Union(methods=tuple(made))
-    return Piece(method, [unit for units in found.values() for unit in units])
-
-
 def decode_oft(model: nn.Module, config: Mapping[str, Any], stored: Stored) -> Piece:
     config = {**OFT_DEFAULTS, **config}
     cls, options, sign = _kind(config)
@@ -130,7 +123,7 @@ def decode_oft(model: nn.Module, config: Mapping[str, Any], stored: Stored) -> P
     if rate := config["module_dropout"]:
         why = "acts in training alone, and is not kept"
         warnings.warn(f"adapter_config.json: module_dropout = {rate} {why}", stacklevel=5)
-    return _piece(model, found, cls)
+    return grouped(model, found, cls)
 
 
 def _kind(config: Mapping[str, Any]) -> tuple[type[OFT], dict[str, Any], int]:
@@ -168,4 +161,4 @@ def decode_boft(model: nn.Module, config: Mapping[str, Any], stored: Stored) -> 
         found.setdefault(tuple(options.items()), []).append((path, own))
     if not found:
         raise DeltatuneError("the file holds no BOFT tensors (…boft_R)")
-    return _piece(model, found, BOFT)
+    return grouped(model, found, BOFT)

@@ -27,7 +27,9 @@ from deltatune.interop.peft_state import encoded, fill
 from deltatune.routers.per_row import PerRow
 
 BASE = "__base__"
-_AS_WRITTEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias")  # by the tensors
+_AS_WRITTEN = (  # by the tensors
+    "r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "save_projection"
+)  # fmt: skip
 
 
 class PeftModel(Rooted):

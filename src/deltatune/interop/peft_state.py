@@ -33,12 +33,17 @@ def _by_unit(adapter: Adapter, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """`found` under the live adapter's names. A file tells a module's units apart by what they hold, not by number; it
     leaves out copies that equal the base; and PiSSA's and OLoRA's start is in it as a second half of the factors."""
     paths = {path for path, *_ in adapter.sites()}
+    parts = iter(adapter.record.shared)
+    part: dict[str, str] = {}  # of what all units of a part share: its number there, and here
     held: dict[tuple[str, str], list[Tensor]] = {}
     fitted: dict[str, Tensor] = {}
     for key, t in found.items():
         words = key.split(".")
         at = next((i for i, word in enumerate(words) if word.isdigit() and ".".join(words[:i]) in paths), None)
-        if at is None:
+        if at is None and words[0] == "shared":
+            part[words[1]] = part.get(words[1]) or next(parts, words[1])
+            fitted[".".join(["shared", part[words[1]], *words[2:]])] = t
+        elif at is None:
             fitted[key] = t
         else:
             held.setdefault((".".join(words[:at]), ".".join(words[at + 1 :])), []).append(t)

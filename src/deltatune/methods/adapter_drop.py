@@ -19,20 +19,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from deltatune.callbacks.adapter_drop import DepthDraw, Dropping, DroppingDelta
-from deltatune.core import (
-    Adapter,
-    Callback,
-    Delta,
-    DeltatuneError,
-    Intervention,
-    Layers,
-    Method,
-    Select,
-    Site,
-    attach,
-    resolve,
-)
-from deltatune.core.select import walk
+from deltatune.core import Adapter, Callback, Delta, DeltatuneError, Intervention, Layers, Method, Select, Site, attach
+from deltatune.core.select import resolve, walk
 from deltatune.methods.pfeiffer import Pfeiffer
 
 
@@ -58,6 +46,9 @@ class AdapterDrop(Method):
     def callbacks(self) -> Iterable[Callback]:
         return [*self.inner.callbacks(), *([DepthDraw(seed=self.seed)] if self.n is None else [])]
 
+    def portable(self, units: Sequence[Intervention]) -> AdapterDrop:
+        return replace(self, inner=self.inner.portable([u.inner if isinstance(u, Dropping) else u for u in units]))
+
     @staticmethod
     def drop(adapter: Adapter, n: int, name: str) -> Adapter:
         """Attach what a trained adapter has in blocks n and above as one of its own called `name`, and activate it."""
@@ -70,7 +61,8 @@ class AdapterDrop(Method):
         for path, unit in adapter.units():
             at = next((f"{n}.".lstrip(".") for n, m in unit.named_modules() if isinstance(m, Dropping)), "")
             whole |= {f"{path}.{k.replace(f'{at}inner.', at, 1)}": t for k, t in unit.state_dict().items()}
-        cut = attach(adapter.model, replace(method, n=n), name, dtype=adapter.dtype)
+        alone = method.portable([unit for _, unit in adapter.units()])
+        cut = attach(adapter.model, replace(alone, n=n), name, dtype=adapter.dtype)
         cut.load_state_dict({k: whole[k] for k in cut.state_dict()})
         return cut
 

@@ -80,7 +80,7 @@ class AdapterFusion(Method):
     @contextmanager
     def attention(adapter: Adapter) -> Iterator[dict[str, list[Tensor]]]:
         """Inside, each forward pass appends its weights a (..., N), those of padding too, by the path of the module."""
-        routers = {path: unit.attention for path, _, unit, _ in adapter.sites() if isinstance(unit, Fusion)}
+        routers = {p: m.attention for p, _, u, _ in adapter.sites() for m in u.modules() if isinstance(m, Fusion)}
         if not routers:
             raise DeltatuneError(f"AdapterFusion: adapter {adapter.name!r} is a {type(adapter.method).__name__}")
         for router in routers.values():

@@ -1,13 +1,12 @@
 """Compacter: Efficient Low-Rank Hypercomplex Adapter Layers. Mahabadi et al., NeurIPS 2021. arXiv:2106.04647
 
     u' = u + up(gelu(down(u))),     each of down, up:  x -> x H + b
-    H = sum_{i=1..n} A_i (x) B_i,   A_i in R^{n x n},  B_i in R^{in/n x out/n}     PHM
+    H = sum_{i=1..n} A_i (x) B_i,   A_i in R^{n x n},  B_i in R^{in/n x out/n}     PHM; (x) is the Kronecker product
     B_i = S_i T_i,                  S_i in R^{in/n x k},  T_i in R^{k x out/n}     low-rank PHM
 
-(x) is the Kronecker product. Compacter's B_i are of rank k, and its A_i one set for all layers of all adapters; a PHM
-adapter's B_i are whole and its A_i each layer's own. Positions and trained norms are Houlsby's; Compacter++ leaves out
-the adapters after attention. S_i, T_i and B_i are Xavier-uniform with gain sqrt(2), shared A_i normal of deviation 1e-4
-and others 0.01, biases zero: the start is near the base, not at it.
+Compacter's B_i are of rank k, and its A_i one set for all adapters; a PHM adapter's B_i are whole and its A_i each
+layer's own. Positions and trained norms are Houlsby's; Compacter++ has none after attention. S_i, T_i and B_i are
+Xavier-uniform with gain sqrt(2), shared A_i normal of deviation 1e-4 and others 0.01, biases zero: near the base.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Intervention, Method, Part, Select, Site
-from deltatune.methods.houlsby import Sublayers
+from deltatune.methods.houlsby import ACTIVATIONS, Sublayers, check_activation
 from deltatune.methods.tune import Tune
 
 
 @dataclass(frozen=True, kw_only=True)
 class PHMAdapter(Method):
     """`size`: the bottleneck m; `n`: the terms of H, which divides m and the width of the model; `norms`: the norms
-    trained beside the adapters; None for none of them."""
+    trained beside the adapters; None for none of them; `activation`: "gelu_tanh", the paper's, or one of Houlsby's."""
 
     lr: ClassVar[float] = 3e-3
     size: int = 24
     n: int = 4
+    activation: str = "gelu_tanh"
     norms: Select = Part("norm")
 
     usual: ClassVar[tuple[str, ...]] = ("o", "down")
@@ -44,6 +43,7 @@ class PHMAdapter(Method):
         name, k = type(self).__name__, getattr(self, "k", 1)
         if min(self.size, self.n, k) < 1 or self.size % self.n:
             raise DeltatuneError(f"{name}: size={self.size}, n={self.n}, k={k}: each is at least 1, and n divides size")
+        check_activation(self)
 
     def parts(self) -> Sequence[Method]:
         adapters = self if self.targets is not None else replace(self, targets=Sublayers(self.usual))
@@ -52,7 +52,7 @@ class PHMAdapter(Method):
     def build(self, site: Site, shared: nn.Module | None) -> Bottleneck:
         if (d := site.shape.out) % self.n:
             raise DeltatuneError(f"{type(self).__name__}: {site.path!r}: n={self.n} does not divide the width {d}")
-        return Bottleneck(*(self.layer(site, *shape, shared) for shape in ((d, self.size), (self.size, d))))
+        return Bottleneck(self.activation, *(self.layer(site, *s, shared) for s in ((d, self.size), (self.size, d))))
 
     def layer(self, site: Site, in_: int, out: int, shared: Any) -> nn.Module:
         return PHM(_rules(self.n, 0.01, site), in_, out, site)
@@ -106,16 +106,15 @@ class LowRankPHM(nn.Module):
         self.s, self.t = _slices(n, in_ // n, k, site), _slices(n, k, out // n, site)
 
     def forward(self, x: Tensor) -> Tensor:  # without forming H
-        h = torch.einsum("...ac,ick->...aik", x.unflatten(-1, (len(self.s), -1)), self.s)
-        h = torch.einsum("...aik,iab->...bik", h, self.rules.a)
+        h = torch.einsum("...ac,ick,iab->...bik", x.unflatten(-1, (len(self.s), -1)), self.s, self.rules.a)
         return torch.einsum("...bik,ike->...be", h, self.t).flatten(-2) + self.bias
 
 
 class Bottleneck(Intervention):
-    def __init__(self, down: Any, up: Any) -> None:
+    def __init__(self, activation: str, down: Any, up: Any) -> None:
         super().__init__()
-        self.down, self.up = down, up
+        self.activation, self.down, self.up = ACTIVATIONS[activation], down, up
 
     def forward(self, call: Base, *args: Any, **kwargs: Any) -> Tensor:
         u = call(*args, **kwargs)
-        return u + self.up(F.gelu(self.down(u.to(self.down.bias.dtype)), approximate="tanh")).to(u.dtype)
+        return u + self.up(self.activation(self.down(u.to(self.down.bias.dtype)))).to(u.dtype)

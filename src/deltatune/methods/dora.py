@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core import Base, Callback, Delta, DeltatuneError, Method, Site
-from deltatune.methods.lora import LoRA
+from deltatune.methods.lora import LoRA, LowRank
 
 _ROWS = 1024  # of a half-precision weight that are widened at a time
 _TINY = 1e-18  # the least norm, so that a row of zeros stays one
@@ -91,9 +91,16 @@ class Magnitude(Delta):
     def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not call.is_linear:
             return super().forward(call, x, *args, **kwargs)
-        y, bias = self.inner(call, x), call.bias
-        # m / ||.|| itself, near one, would lose in half precision most of what it differs from one by
-        beyond = (self.m / self.norm(call.weight) - 1).to(y.dtype)
+        inner, magnitude = self.inner, self.m / self.norm(call.weight)
+        if (
+            isinstance(inner, LowRank)
+            and type(inner).forward is LowRank.forward
+            and (y := inner.outer(call).plus(x, *inner.added(), magnitude)) is not None
+        ):
+            return y
+        y, bias = inner(call, x), call.bias
+        # the magnitude itself, near one, would lose in half precision most of what it differs from one by
+        beyond = (magnitude - 1).to(y.dtype)
         return y + beyond * (y if bias is None else y - bias.to(y.dtype))
 
 

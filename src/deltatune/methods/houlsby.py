@@ -10,8 +10,9 @@ W_down is a normal of deviation 0.01 cut at two deviations and biases are zero, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Init, Intervention, Method, Part, Select, Site, resolve
 from deltatune.methods.tune import Tune
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +40,12 @@ class NearIdentity(Init):
 
 @dataclass(frozen=True, kw_only=True)
 class Houlsby(Method):
-    """`size`: the bottleneck m. `norms`: the norms trained beside the adapters; None for none of them."""
+    """`size`: the bottleneck m. `norms`: the norms trained beside the adapters; None for none of them.
+    `activation`: "gelu_tanh", which is the paper's, "gelu", "relu" or "silu"."""
 
     lr: ClassVar[float] = 3e-4
     size: int = 64
+    activation: str = "gelu_tanh"
     norms: Select = Part("norm")
     init: Init | None = None
 
@@ -49,16 +56,23 @@ class Houlsby(Method):
         super().__post_init__()
         if self.size < 1:
             raise DeltatuneError(f"Houlsby: size must be at least 1, got {self.size}")
+        check_activation(self)
 
     def parts(self) -> Sequence[Method]:
         adapters = self if self.targets is not None else replace(self, targets=Sublayers(self.usual))
         return (adapters,) if self.norms is None else (adapters, Tune(targets=self.norms))
 
     def build(self, site: Site, shared: nn.Module | None) -> Bottleneck:
-        unit = Bottleneck(site, self.size)
+        unit = Bottleneck(site, self.size, ACTIVATIONS[self.activation])
         if self.init is not None:
             self.init(unit, site.weight)
         return unit
+
+
+def check_activation(method: Any) -> None:
+    if method.activation not in ACTIVATIONS:
+        known, name = ", ".join(ACTIVATIONS), type(method).__name__
+        raise DeltatuneError(f"{name}: activation={method.activation!r} is not one of {known}")
 
 
 class Sublayers:
@@ -87,9 +101,9 @@ class Bottleneck(Intervention):
 
     roles = {"down": "down", "up": "up"}
 
-    def __init__(self, site: Site, size: int) -> None:
+    def __init__(self, site: Site, size: int, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        d = site.shape.out
+        self.activation, d = activation, site.shape.out
         self.down = nn.Parameter(nn.init.trunc_normal_(torch.empty(size, d, **site.like), std=1e-2, a=-2e-2, b=2e-2))
         self.down_bias = nn.Parameter(torch.zeros(size, **site.like))
         self.up = nn.Parameter(torch.zeros(d, size, **site.like))
@@ -97,5 +111,5 @@ class Bottleneck(Intervention):
 
     def forward(self, call: Base, *args: Any, **kwargs: Any) -> Tensor:
         u = call(*args, **kwargs)
-        h = F.gelu(F.linear(u.to(self.down.dtype), self.down, self.down_bias), approximate="tanh")
+        h = self.activation(F.linear(u.to(self.down.dtype), self.down, self.down_bias))
         return u + F.linear(h, self.up, self.up_bias).to(u.dtype)

@@ -10,7 +10,7 @@ tokens, B A is (tokens, dim): the factor that the tokens index starts at zero, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -105,6 +105,16 @@ class LowRank(Awaiting):
             if t is not None:
                 t.mul_(math.sqrt(1 - share))
 
+    def added(self) -> tuple[Tensor, Tensor, float, float]:
+        return *self.scaled_factors(), self.dropout.p if self.training else 0.0
+
     def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
-        y = self.outer(call).plus(x, *self.scaled_factors(), self.dropout.p if self.training else 0.0)
+        y = self.outer(call).plus(x, *self.added())
         return super().forward(call, x, *args, **kwargs) if y is None else y
+
+    @classmethod
+    def batched(cls, units: Sequence[Any], rows: Tensor, call: Base, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or any(type(u) is not LowRank or u.constant is not None for u in units):
+            return NotImplemented
+        y = call.plus_in_rows(args[0], rows, [u.added() for u in units])
+        return NotImplemented if y is None else y

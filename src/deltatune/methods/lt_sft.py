@@ -7,8 +7,8 @@ arXiv:2110.07560
 
 Differences compose: with a language's adapter and a task's, both of the same theta_0, theta_0 + phi_L + phi_T is
 `activate(model, "language", "task")`. Train the task's with the language's active. Both phases may add the penalty
-l1 * mean |theta - theta_0|. What else the adapter trains, such as a head, is rewound with it. The authors restart the
-schedule of the learning rate with phase 2; here the run's own goes on, so prefer a constant one.
+l1 * mean |theta - theta_0|. What else the adapter trains, such as a head, is rewound with it. The schedule of the
+learning rate, warm-up included, runs over each phase by itself, as the authors' does.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ class _Phases(TwoPhases):
         self.others = {n: p for n, p in run.adapter.named_parameters() if id(p) not in mine}
         self.start = {n: p.detach().clone() for n, p in self.others.items()}
 
+    def on_train_start(self, run: Run) -> None:
+        super().on_train_start(run)
+        self.begin_phase()
+
+    def begin_phase(self) -> None:
+        if self.turn:
+            self.run.stage = (0, self.turn) if self.run.step < self.turn else (self.turn, self.run.steps)
+
     def on_loss(self, run: Run, loss: Tensor) -> Tensor:
         if not self.method.l1:
             return loss
@@ -71,6 +79,7 @@ class _Phases(TwoPhases):
         settle(self.units, best([u.values.abs() for u in self.units], number(self.units, self.method.density)))
         for n, p in self.others.items():
             p.copy_(self.start[n])
+        self.begin_phase()
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), **{f"start.{n}": t for n, t in self.start.items()}}
@@ -79,3 +88,4 @@ class _Phases(TwoPhases):
         super().load_state_dict(state)
         for n, t in self.start.items():
             t.copy_(state[f"start.{n}"])
+        self.begin_phase()

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Intervention, Layers, Method, Part, Select, Site, resolve
-
-POST_NORM = ("bert", "roberta", "deberta-v2", "distilbert", "bart")  # model types whose norms follow the residual sums
+from deltatune.models.anatomy import parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +63,8 @@ class _Stream:
 
 def _stream(model: nn.Module) -> list[str]:
     """In pre-norm models the norms of the blocks, the last to run being the MLP's; else its first projections."""
-    config = getattr(model, "config", None)
     try:
-        if getattr(config, "model_type", "") in POST_NORM or not getattr(config, "do_layer_norm_before", True):
+        if "post_norm" in parts(model):
             return [m.path for m in resolve(model, None, ("gate", "up"))]
         inside = tuple(f"{m.path}." for m in resolve(model, Part("attention")))  # norms of queries and keys
         return [m.path for m in resolve(model, Layers(targets=Part("norm"))) if not m.path.startswith(inside)]

@@ -50,15 +50,12 @@ class Pfeiffer(Method):
         return Part("post_norm" if "post_norm" in parts(model) else "block")
 
     def build(self, site: Site, shared: nn.Module | None) -> Bottleneck:
-        unit = (AtNorm if _is_norm(site.module) else AtBlock)(site, _width(site), self.size)
+        gain = getattr(site.module, "weight", None)
+        kind = AtNorm if isinstance(gain, Tensor) and gain.ndim == 1 else AtBlock
+        unit = kind(site, _width(site), self.size)
         if self.init is not None:
             self.init(unit, unit.up)
         return unit
-
-
-def _is_norm(module: nn.Module) -> bool:
-    gain = getattr(module, "weight", None)
-    return isinstance(gain, Tensor) and gain.ndim == 1
 
 
 def _width(site: Site) -> int:
@@ -120,6 +117,4 @@ class AtBlock(Bottleneck):
     @staticmethod
     def around(core: Core, call: Any, *args: Any, **kwargs: Any) -> Any:
         y = call(*args, **kwargs)
-        if isinstance(y, tuple):
-            return y[0] + core(y[0]), *y[1:]
-        return y + core(y)
+        return (y[0] + core(y[0]), *y[1:]) if isinstance(y, tuple) else y + core(y)

@@ -49,8 +49,8 @@ class SparseAdapter(Method):
         super().__post_init__()
         check_share(self, "density")
         if self.score not in get_args(Score) or self.batches < 1:
-            told = f"score={self.score!r} is not one of {', '.join(get_args(Score))}, or batches={self.batches} is < 1"
-            raise DeltatuneError(f"SparseAdapter: {told}")
+            told = f"{self.score!r} is not one of {', '.join(get_args(Score))}, or batches={self.batches} is below 1"
+            raise DeltatuneError(f"SparseAdapter: score={told}")
         if self.targets is not None:
             raise DeltatuneError("SparseAdapter: targets are those of the method that is pruned; give them to inner")
 
@@ -69,8 +69,7 @@ class _Part(Method):
     of: SparseAdapter
     dense: Method
 
-    usual = property(lambda self: self.dense.usual)  # type: ignore[assignment]
-    at = property(lambda self: self.dense.at)  # type: ignore[assignment]
+    usual, at = property(lambda self: self.dense.usual), property(lambda self: self.dense.at)  # type: ignore[assignment]
 
     def select(self, model: nn.Module) -> Select:
         return self.dense.select(model)
@@ -81,13 +80,12 @@ class _Part(Method):
     def build(self, site: Site, shared: nn.Module | None) -> Any:
         unit, of = self.dense.build(site, shared), self.of
         found = [(m, names) for m in unit.modules() if (names := _projections(m))]
-        if not found and len(of.parts()) == 1 and any(True for _ in unit.parameters()):
+        if not found and len(of.parts()) == 1 and [*unit.parameters()]:
             raise DeltatuneError(f"SparseAdapter: {type(self.dense).__name__} has no down and up projections to prune")
         for m, names in found:
             if getattr(m, "waits", None) is not None:
                 raise DeltatuneError("SparseAdapter: an init from data comes when the projections are pruned; leave it")
-            for name in names:
-                w: Any = m._parameters[name]
+            for name, w in ((n, m.get_parameter(n)) for n in names):
                 m.register_buffer(f"{name}_mask", torch.ones_like(w, dtype=torch.bool))
                 if of.std is not None and getattr(self.dense, "init", None) is None:
                     nn.init.normal_(w, std=of.std)
@@ -113,10 +111,10 @@ class Masked:
 
 
 @cache
-def _masked(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
+def _masked(cls: Any, names: tuple[str, ...]) -> Any:
     see = {n: property(lambda self, n=n: self._parameters[n] * self._buffers[f"{n}_mask"]) for n in names}  # type: ignore[misc]
     return type(f"Sparse{cls.__name__}", (Masked, cls), {"plain": cls, "names": names, **see})
 
 
-def _revive(cls: Any, names: tuple[str, ...]) -> nn.Module:
+def _revive(cls: Any, names: tuple[str, ...]) -> Any:
     return object.__new__(_masked(cls, names))

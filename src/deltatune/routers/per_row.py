@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltatune.core import Base, DeltatuneError, Intervention, Router, nearest
+from deltatune.core import Base, DeltatuneError, Intervention, Router, nearest, plain_class, within
 from deltatune.core.units import CALL
+
+
+class _Apart(Exception):
+    """A unit leaves rows of its own to be run apart."""
+
+
+@dataclass(frozen=True)
+class _Among:
+    """A unit of some kind around the `rows` that are 0, those that are -1 being others'."""
+
+    kind: Any
+    unit: Any
+    rows: Tensor
+
+    def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        done = self.kind.batched([self.unit], self.rows, call, *args, **kwargs)
+        if done is NotImplemented:
+            raise _Apart
+        return done
 
 
 class PerRow(Router):
@@ -23,6 +44,7 @@ class PerRow(Router):
 
     def __init__(self, names: Sequence[str | None]) -> None:
         super().__init__()
+        self.told = tuple(names)
         self.rows = tuple(None if n is None else n.partition(".")[::2] for n in names)
         self.names = tuple(None if row is None else row[0] for row in self.rows)
 
@@ -46,22 +68,54 @@ class PerRow(Router):
               args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # fmt: skip
         here, base = list(dict.fromkeys(row for row in self.rows if row is not None and row[0] in units)), bind()
         kinds = {type(u).batched.__func__: type(u) for n in units for u in units[n]}  # type: ignore[attr-defined]
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.ndim]
-        index = self.index(here, tensors[0])
+        values = (*args, *kwargs.values())
+        index = self.index(here, next(t for t in values if isinstance(t, Tensor) and t.ndim))
         own = [[u.of(task) for u in units[n]] for n, task in here]
         if len(kinds) == 1 and all(len(mine) == 1 for mine in own):
             done = next(iter(kinds.values())).batched([u for (u,) in own], index, base, *args, **kwargs)
             if done is not NotImplemented:
                 return done
+        if (len(args) != 1 or kwargs) and Intervention.batched.__func__ not in kinds:  # type: ignore[attr-defined]
+            with suppress(_Apart):
+                kept = [[(type(a), b) for a, b in zip(units[n], mine, strict=True)]
+                        for (n, _), mine in zip(here, own, strict=True)]  # fmt: skip
+                return _at_once(base, kept, index)(*args, **kwargs)
         calls = [bind(n) if list(units[n]) == mine else reduce(lambda b, u: b.then(u, CALL), mine, base)
                  for (n, _), mine in zip(here, own, strict=True)]  # fmt: skip
-        places, parts = [], []
-        for i, call in enumerate([base, *calls], -1):
-            if len(rows := (index == i).nonzero().flatten()):
-                cut = [_take(a, rows, len(index)) for a in args]
-                parts.append(call(*cut, **{k: _take(v, rows, len(index)) for k, v in kwargs.items()}))
-                places.append(rows)
-        return _join(parts, torch.cat(places).argsort())
+        groups = [(call, rows) for i, call in enumerate([base, *calls], -1)
+                  if len(rows := (index == i).nonzero().flatten())]  # fmt: skip
+        if len(groups) == 1:
+            return groups[0][0](*args, **kwargs)
+        if any(hasattr(v, "get_seq_length") for v in values):
+            told, at = ", ".join(sorted({type(u).__name__ for n in units for u in units[n]})), type(base.module)
+            raise DeltatuneError(
+                f"PerRow: rows under {told} at a {plain_class(at).__name__} are run apart, and cannot share the cache "
+                "of one batch's keys and values; run these rows in other batches, or with use_cache=False"
+            )
+        n, parts = len(index), []
+        for call, rows in groups:
+            some = {k: _take(v, rows, n) for k, v in kwargs.items()}
+            with self._inside(base.module, rows, n):
+                parts.append(call(*(_take(a, rows, n) for a in args), **some))
+        return _join(parts, torch.cat([rows for _, rows in groups]).argsort())
+
+    def _inside(self, module: Any, rows: Tensor, batch: int) -> AbstractContextManager[None]:
+        """Within, the modules that this one holds are called with these rows of the batch alone."""
+        if len(module._modules) == 1:  # only its slot
+            return nullcontext()
+        names = [self.told[i * len(self.told) // batch] for i in rows.tolist()]
+        router = PerRow(names)
+        here = tuple(n for n in dict.fromkeys(router.names) if n is not None)
+        return within(module, here, router)
+
+
+def _at_once(base: Base, own: Sequence[Sequence[tuple[Any, Any]]], index: Tensor) -> Base:
+    """`base` inside all units (kind, unit), each for its own rows: one call, which writes once what rows share."""
+    for i, units in enumerate(own):
+        rows = torch.where(index == i, 0, -1)
+        for kind, unit in units:
+            base = base.then(_Among(kind, unit, rows), CALL)  # type: ignore[arg-type]
+    return base
 
 
 def _take(value: Any, rows: Tensor, batch: int) -> Any:
@@ -78,4 +132,6 @@ def _join(parts: list[Any], order: Tensor) -> Any:
         for key in parts[0]:
             joined[key] = _join([p[key] for p in parts], order)
         return joined
-    return torch.cat(parts).index_select(0, order) if isinstance(parts[0], Tensor) else parts[0]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts).index_select(0, order)
+    return parts[0] if all(p is parts[0] or p == parts[0] for p in parts) else None  # such as a cache of some rows

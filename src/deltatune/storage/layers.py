@@ -7,7 +7,7 @@ Two boundary details end here, so that no method ever sees them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltatune.kernels import lowrank
+from deltatune.kernels import lowrank, lowrank_rows
 
 Read = Callable[[nn.Module, str], Tensor]
 Write = Callable[[nn.Module, str, Tensor], None]
+Product = tuple[Tensor, Tensor, float, float]  # up, down, scale, dropout
 
 
 class Kind:
@@ -37,8 +38,15 @@ class Kind:
         """What `up @ down` added to the weight adds to the output; None where only the dense product will do."""
         return None
 
-    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor | None:
-        """The module's forward under W + scale up @ down, which sees x through dropout; None if it has none."""
+    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float,
+              magnitude: Tensor | None) -> Tensor | None:  # fmt: skip
+        """The module's forward under W + scale up @ down, which sees x through dropout; None if it has none.
+
+        magnitude (out,): what the output, but for the bias, is multiplied with."""
+        return None
+
+    def fused_rows(self, module: Any, x: Tensor, rows: Tensor, products: Sequence[Product]) -> Tensor | None:
+        """The same, row i of the batch under `products[rows[i]]`, or under W itself where that is -1."""
         return None
 
 
@@ -52,10 +60,21 @@ class LinearKind(Kind):
     def low_rank(self, module: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor | None:
         return F.linear(F.linear(x, down), up)
 
-    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor | None:
+    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float,
+              magnitude: Tensor | None) -> Tensor | None:  # fmt: skip
         if plain_class(type(module)) not in _LAYERS:  # a subclass may have its own forward
             return None
-        return lowrank.linear(x, read(module, "weight"), module.bias, down, up, scale, dropout)
+        w = self.frozen(module)
+        return lowrank.linear(x, w, module.bias, down, up, scale, dropout, magnitude=magnitude)
+
+    def fused_rows(self, module: Any, x: Tensor, rows: Tensor, products: Sequence[Product]) -> Tensor | None:
+        if plain_class(type(module)) not in _LAYERS:
+            return None
+        parts = [lowrank_rows.Part(*product) for product in products]
+        return lowrank_rows.linear(x, self.frozen(module), module.bias, rows, parts)
+
+    def frozen(self, module: Any) -> Tensor | lowrank.Quantised:
+        return read(module, "weight")
 
 
 class QuantisedLinearKind(LinearKind):
@@ -69,12 +88,9 @@ class QuantisedLinearKind(LinearKind):
         y = plain_class(type(module)).forward(twin, *args, **kwargs)
         return y + params["bias"].to(y.dtype)
 
-    def fused(self, module: Any, x: Tensor, up: Tensor, down: Tensor, scale: float, dropout: float) -> Tensor | None:
-        if plain_class(type(module)) not in _LAYERS:
-            return None
+    def frozen(self, module: Any) -> Tensor | lowrank.Quantised:
         forward = partial(plain_class(type(module)).forward, module)
-        w = lowrank.Quantised(forward, partial(read, module, "weight"))
-        return lowrank.linear(x, w, None, down, up, scale, dropout)
+        return lowrank.Quantised(forward, partial(read, module, "weight"))
 
 
 class EmbeddingKind(Kind):

@@ -1,7 +1,7 @@
 """Several methods on one base and one data set under one budget: `compare`. Each trains in a process of its own, so
 that its peak memory is its own and its failure is one line.
 
-comparison.jsonl   one line a method, finished or failed; a method that is finished is not trained again
+comparison.jsonl   one line a method and learning rate, finished or failed; what is finished is not trained again
 <method>/          its run: adapter, recipe, metrics, and `log.txt`, what it printed
 """
 
@@ -25,14 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltatune.core import Delta, DeltatuneError, Method, attach
+from deltatune.core import Delta, DeltatuneError, attach
 from deltatune.core.adapter import write_atomically
-from deltatune.registry import named, public
 from deltatune.train import metrics
+from deltatune.train.entrants import Entrant
 from deltatune.train.recipe import FULL, Recipe
 
 LINES, RESULT, LOG = "comparison.jsonl", "result.json", "log.txt"
-FULL_LR = 2e-5  # of training every weight of the base
 TRIAL = 3  # steps that are timed where the budget is a time; the first is not counted
 HELD_OUT = "5%"  # where the recipe has no evaluation data, which a comparison needs
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -71,7 +70,7 @@ class Row:
     `merges`: whether the adapter can be written into the base; None where it is not known."""
 
     method: str
-    lr: float
+    lr: float | None
     key: str
     failed: str | None = None
     eval_loss: float | None = None
@@ -86,29 +85,16 @@ class Row:
     seconds: float | None = None
 
 
-def methods(asked: str) -> list[str]:
-    """The methods of a comma-separated list, by their class's names; `all` is every one there is."""
-    if asked.strip() == "all":
-        return [n for n, c in public("methods").items() if issubclass(c, Method)]
-    wanted = [name.strip() for name in asked.split(",") if name.strip()]
-    if not wanted:
-        raise DeltatuneError("methods: the list is empty; write all, or names such as lora,dora")
-    return list(dict.fromkeys(FULL if n == FULL else named(Method, n).__name__ for n in wanted))
-
-
-def recipe_for(recipe: Recipe, method: str, budget: Budget, output: Path) -> Recipe:
-    """`recipe` with `method` as it is by default, its own learning rate, and no callbacks."""
+def recipe_for(recipe: Recipe, entrant: Entrant, budget: Budget, output: Path) -> Recipe:
+    """`recipe` with the entrant's method, callbacks, learning rate and options of its own."""
     told = recipe.model_dump(mode="json", exclude={"train": {"seed"}}, exclude_unset=True)
     data = told["data"] | ({} if recipe.data.eval is not None else {"eval": HELD_OUT})
     kept = {k: v for k, v in told.get("train", {}).items() if k not in ("epochs", "max_steps", "lr", "seed")}
     steps = _steps(recipe, budget)
     ends = {"eval_every": steps, "save_every": steps}  # evaluation and checkpoints at the end alone
-    train = ends | kept | {"max_steps": steps, "lr": rate(method), "log_every": 1}
-    return Recipe.of({**told, "data": data, "train": train, "method": method, "callbacks": [], "output": str(output)})
-
-
-def rate(method: str) -> float:
-    return FULL_LR if method == FULL else named(Method, method).lr
+    train = ends | kept | dict(entrant.train) | {"max_steps": steps, "lr": entrant.lr, "log_every": 1}
+    mine = {"method": entrant.spec if entrant.trains else FULL, "callbacks": list(entrant.callbacks)}
+    return Recipe.of({**told, "data": data, "train": train, **mine, "output": str(output)})
 
 
 def _steps(recipe: Recipe, budget: Budget) -> int:
@@ -121,29 +107,38 @@ def _steps(recipe: Recipe, budget: Budget) -> int:
     return budget.steps or TRIAL
 
 
-def compare(recipe: Recipe, names: Sequence[str], budget: Budget, output: str | Path, *, report: Report | None = None,
-            done: Callable[[Row], None] | None = None) -> list[Row]:  # fmt: skip
-    """Trains each method of `names`; returns their rows, finished ones best first.
+def compare(recipe: Recipe, asked: Sequence[Entrant], budget: Budget, output: str | Path, *,
+            report: Report | None = None, done: Callable[[Row], None] | None = None) -> list[Row]:  # fmt: skip
+    """Trains each of `asked`; returns their rows, finished ones best first.
 
     What is finished in `output` is not trained again; what failed is. report: called while a method trains.
     Raises DeltatuneError when `output` holds a comparison of another base, data, options or budget."""
     folder = Path(output).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    rows = {row.method: row for row in read(folder)}
+    rows = {(row.method, row.lr): row for row in read(folder)}
     key = _key(recipe, budget)
     if other := next((row for row in rows.values() if row.key != key), None):
         raise DeltatuneError(
             f"output: {folder} holds a comparison of another recipe or budget ({other.method}); name another --output"
         )
-    for name in names:
-        if name in rows and rows[name].failed is None:
+    for entrant in asked:
+        at = (entrant.name, entrant.lr)
+        if at in rows and rows[at].failed is None:
             continue
-        rows[name] = _trained(recipe, name, budget, folder, key, report)
+        rows[at] = _trained(recipe, entrant, budget, folder, key, report)
         lines = "".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows.values())
         write_atomically(folder / LINES, lines.encode())
         if done is not None:
-            done(rows[name])
-    return ordered([rows[name] for name in names])
+            done(rows[at])
+    return ordered([rows[e.name, e.lr] for e in asked])
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """Of the rows of one method at several learning rates the first; `rows` are in the order of `ordered`."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        found.setdefault(row.method, row)
+    return list(found.values())
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
@@ -171,25 +166,27 @@ def _key(recipe: Recipe, budget: Budget) -> str:
     return hashlib.sha256(json.dumps([told, dataclasses.asdict(budget)], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _trained(recipe: Recipe, name: str, budget: Budget, folder: Path, key: str, report: Report | None) -> Row:
-    home = folder / name
+def _trained(recipe: Recipe, entrant: Entrant, budget: Budget, folder: Path, key: str, report: Report | None) -> Row:
+    home, name = folder / entrant.folder, entrant.name
     shutil.rmtree(home, ignore_errors=True)  # a run that was broken off
     home.mkdir()
     try:
-        mine = recipe_for(recipe, name, budget, home / "run")
-        found = _apart(mine, budget.seconds, home, partial(report, name) if report is not None else None)
+        mine = recipe_for(recipe, entrant, budget, home / "run")
+        found = _apart(
+            mine, budget.seconds, home, entrant.trains, partial(report, name) if report is not None else None
+        )
     except (DeltatuneError, TypeError) as error:
         found = {"failed": str(error)}
     if "failed" in found:
         found = {"failed": " ".join(found["failed"].split()).removeprefix(f"{name}: ")}
-    return Row(name, rate(name), key, **found)
+    return Row(name, entrant.lr, key, **found)
 
 
-def _apart(recipe: Recipe, seconds: float | None, home: Path, report: Callable[[int, int], None] | None
-           ) -> dict[str, Any]:  # fmt: skip
+def _apart(recipe: Recipe, seconds: float | None, home: Path, trains: bool,
+           report: Callable[[int, int], None] | None) -> dict[str, Any]:  # fmt: skip
     """What `train_one` finds in a process of its own; `failed` says how that ended if not well."""
     told = recipe.model_dump(mode="json", exclude={"train": {"seed"}}, exclude_unset=True)
-    given = {"recipe": told, "seconds": seconds, "result": str(home / RESULT)}
+    given = {"recipe": told, "seconds": seconds, "result": str(home / RESULT), "trains": trains}
     command = [sys.executable, "-m", "deltatune.train.compare"]
     same = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # imports what this process does
     with (home / LOG).open("wb") as log:
@@ -245,6 +242,26 @@ def train_one(recipe: Recipe, seconds: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def untrained(recipe: Recipe) -> dict[str, Any]:
+    """The quality of the base as it is, on the rows that the recipe holds out; its head, if it has one, is drawn."""
+    import torch
+
+    from deltatune.models.loading import load_base
+    from deltatune.train.batching import batches
+    from deltatune.train.loss import evaluate
+    from deltatune.train.run import prepare
+
+    ready = prepare(recipe)
+    assert ready.held_out is not None
+    torch.manual_seed(recipe.seed)
+    model = load_base(ready.base, ready.task, dtype=ready.dtype, labels=ready.rows.label_names)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = ready.tokenizer.pad_token_id
+    rows = batches(ready.held_out, ready.tokenizer, recipe.train, ready.task, "none", ready.max_length, recipe.seed)
+    found = evaluate(model, rows, ready.dtype)
+    return {name: found.get(name) for name in ("eval_loss", "eval_accuracy")}
+
+
 def _timed(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of steps, without the first, in which much is done for the first time."""
     steps = [r for r in records if "tokens_per_second" in r]
@@ -291,7 +308,8 @@ def _blank(outcome: Any) -> Any:
 def _main() -> None:
     given = json.loads(sys.stdin.read())
     try:
-        found = train_one(Recipe.of(given["recipe"]), given["seconds"])
+        asked = Recipe.of(given["recipe"])
+        found = train_one(asked, given["seconds"]) if given["trains"] else untrained(asked)
     except DeltatuneError as error:
         found = {"failed": str(error)}
     write_atomically(Path(given["result"]), json.dumps(found).encode())

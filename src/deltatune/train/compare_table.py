@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.core.adapter import write_atomically
-from deltatune.train.compare import Row
+from deltatune.train.compare import Row, best
 
 Cell = Callable[[Any], str]
 _MERGES, _APART = "#1f5c99", "#d1672c"  # colours
@@ -22,6 +22,7 @@ def _size(n: int) -> str:
 
 
 _COLUMNS: tuple[tuple[str, str, Cell], ...] = (
+    ("lr", "rate", "{:.2g}".format),
     ("eval_loss", "eval loss", "{:.4f}".format),
     ("eval_accuracy", "accuracy", "{:.1%}".format),
     ("trained", "trained", "{:,}".format),
@@ -36,7 +37,8 @@ _COLUMNS: tuple[tuple[str, str, Cell], ...] = (
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(titles, cells of the finished rows); columns that no row has are left out."""
-    finished = [row for row in rows if row.failed is None]
+    # the base untrained has no learning rate
+    finished = [row if row.trained else dataclasses.replace(row, lr=None) for row in rows if row.failed is None]
     columns = [c for c in _COLUMNS if any(getattr(row, c[0]) is not None for row in finished)]
     cells = [
         [row.method, *("" if (v := getattr(row, n)) is None else form(v) for n, _, form in columns)] for row in finished
@@ -45,16 +47,18 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def write(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
-    """The files that were written; no picture when nothing finished."""
+    """The files that were written; no picture when nothing was trained. Of several learning rates of a method the
+    page and the picture have the best."""
     text = StringIO()
     names = [f.name for f in dataclasses.fields(Row) if f.name != "key"]
     writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(dataclasses.asdict(row) for row in rows)
     write_atomically(folder / "compare.csv", text.getvalue().encode())
-    write_atomically(folder / "compare.md", markdown(rows, title).encode())
+    shown = best(rows)
+    write_atomically(folder / "compare.md", markdown(shown, title).encode())
     written = [folder / "compare.csv", folder / "compare.md"]
-    if (picture := draw(rows, title)) is not None:
+    if (picture := draw(shown, title)) is not None:
         write_atomically(folder / "compare.png", picture)
         written.append(folder / "compare.png")
     return written
@@ -79,7 +83,8 @@ def draw(rows: Sequence[Row], title: str) -> bytes | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    finished = [row for row in rows if row.failed is None]
+    finished = [row for row in rows if row.failed is None and row.trained is not None]
+    base = next((row for row in rows if row.failed is None and row.trained is None), None)
     if not finished:
         return None
     accurate = all(row.eval_accuracy is not None for row in finished)
@@ -92,6 +97,9 @@ def draw(rows: Sequence[Row], title: str) -> bytes | None:
         side.set_xscale(scale)
         side.scatter([getattr(row, name) for row in finished], heights, s=34, c=colours)
         side.set_xlabel(label)
+        if base is not None:
+            level = base.eval_accuracy if accurate else base.eval_loss
+            side.axhline(level, color="#808080", linewidth=0.9, linestyle="--")
         side.margins(0.08)
         side.grid(color="#e4e4e4", linewidth=0.8)
         side.set_axisbelow(True)

@@ -38,10 +38,12 @@ def loss_by_chunks(model: Any, inputs: Mapping[str, Any], targets: Tensor, ignor
     head: Any = head_of(model)
     switch = switch_of(model)
     active = Active() if switch is None else switch.active()
-    if head is None or isinstance(active.router, PerRow):
+    if head is None:
         return None
-    used = () if switch is None else (active.router, *map(switch.records.get, active.names))
-    key: _Key = candidates(model), tuple(model._forward_hooks), [ref(one) for one in used if one is not None]
+    rows = isinstance(active.router, PerRow)  # which names a batch's rows in its own order
+    router, names = (None, sorted(active.names)) if rows else (active.router, active.names)
+    used = () if switch is None else (router, *map(switch.records.get, names))
+    key: _Key = candidates(model), tuple(model._forward_hooks), rows, [ref(one) for one in used if one is not None]
     known, how = _KNOWN.get(model, ((), None))
     new = known != key
     if not (_acts_on_weights(model, head) if new else how):
@@ -137,10 +139,11 @@ def only(model: Any, trained: Tensor) -> Iterator[None]:
     """Inside, the model's head sees only the `trained` positions [b, T] of its hidden states, as [1, n, hidden].
 
     The head is called as ever, with the adapters on it, and the model caps or scales what it returns; all of that acts
-    on each position alone. Not where rows have adapters of their own, which need the rows, nor where the hidden states
-    are not those of the labels: there all logits are made."""
+    on each position alone. Not where rows have adapters of their own at the head, which need the rows, nor where the
+    hidden states are not those of the labels: there all logits are made."""
     head, switch = head_of(model), switch_of(model)
-    if head is None or (switch is not None and isinstance(switch.active().router, PerRow)):
+    rows = switch is not None and isinstance(switch.active().router, PerRow)
+    if head is None or (rows and not _acts_on_weights(model, head)):
         yield
         return
     places = trained.flatten().nonzero().flatten()

@@ -194,7 +194,8 @@ class _Trainer:
         trained, tokens = map(int, self.processes.sum([sum(counts), sum(batch.tokens for batch in micro)]))
         if not trained:
             raise DeltatuneError(f"step {run.step}: no token carries loss in {_rows(micro)}; see `deltatune data show`")
-        factor = options.factor(run.step, run.steps)
+        begin, end = run.stage or (0, run.steps)
+        factor = options.factor(run.step - begin, end - begin)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -236,9 +237,8 @@ class _Trainer:
         (summed,) = self.processes.sum([float(values[:, 0].double().sum())])
         self.tokens += tokens
         self.unlogged += tokens
-        lr = self.optimizer.param_groups[0]["lr"]
-        return {"loss": summed / trained, "lr": lr, "grad_norm": float(norm), "tokens": tokens,
-                "trained_tokens": trained}  # fmt: skip
+        return {"loss": summed / trained, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
+                "tokens": tokens, "trained_tokens": trained}  # fmt: skip
 
     def _compare(self, loss: float) -> bool:
         if self.run.step < self.run.keep_from:
