@@ -326,15 +326,10 @@ def test_initialisations():
     near(dt.PromptTuning.from_dict(PromptTuning(init=((7, 8), (9,))).to_dict()).init, ((7, 8), (9,)))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"length": 0}, "length must be at least 1, got 0"),
-        ({"init": "Classify this"}, "token ids, got 'Classify this'"),
-        ({"init": ()}, "token ids"),
-        ({"init": (5, 99)}, "token id 99 is not among the 99"),
-    ],
-)
+@pytest.mark.parametrize("options, message", [
+    ({"length": 0}, "length must be at least 1, got 0"), ({"init": "Classify this"}, "token ids, got 'Classify this'"),
+    ({"init": ()}, "token ids"), ({"init": (5, 99)}, "token id 99 is not among the 99"),
+])  # fmt: skip
 def test_wrong_options_are_named(options, message):
     with pytest.raises(dt.DeltatuneError, match=message):
         dt.attach(build("llama"), PromptTuning(**options))
@@ -395,11 +390,9 @@ def test_a_half_precision_base_keeps_its_precision():
 @torch.no_grad()
 def test_parity_with_peft(family):
     peft = pytest.importorskip("peft")
-    theirs, ours = build(family), build(family)
+    ours = build(family)
     given = inputs(ours)
-    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    theirs = peft.get_peft_model(theirs, config)
-    adapter = dt.attach(ours, PromptTuning(length=4))
-    (prompt,) = adapter.parameters()
+    theirs = peft.get_peft_model(build(family), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    (prompt,) = dt.attach(ours, PromptTuning(length=4)).parameters()
     prompt.copy_(theirs.prompt_encoder["default"].embedding.weight)
     near(ours(**given).logits, theirs(**given).logits[:, 4:])

@@ -96,10 +96,10 @@ def base(x: Tensor, w: Tensor | Quantised, bias: Tensor | None) -> Tensor:
     return w.product(x) if isinstance(w, Quantised) else F.linear(x, w, bias)
 
 
-def scaled(y: Tensor, bias: Tensor | None, magnitude: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def scaled(y: Tensor, bias: Tensor | None, magnitude: Tensor) -> tuple[Tensor, Tensor]:
     """g Z + b, and Z, of y = Z + b. A g near one would lose in half precision most of what it differs from one by."""
     z = y if bias is None else y - bias.to(y.dtype)
-    return torch.addcmul(y, z, (magnitude - 1).to(y.dtype), out=out), z
+    return torch.addcmul(y, z, (magnitude - 1).to(y.dtype)), z
 
 
 def _forward(x: Tensor, w: Tensor | Quantised, bias: Tensor | None, down: Tensor, up: Tensor,
@@ -114,7 +114,7 @@ def _forward(x: Tensor, w: Tensor | Quantised, bias: Tensor | None, down: Tensor
     else:
         y.add_(torch.mm(h, up.t()).to(y.dtype), alpha=scale)
     if magnitude is not None:
-        y, z = scaled(y, bias, magnitude, out=None if bias is None else y)
+        y, z = scaled(y, bias, magnitude)
     return y.view(*x.shape[:-1], -1), h, z
 
 

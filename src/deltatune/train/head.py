@@ -31,19 +31,19 @@ def loss_by_chunks(model: Any, inputs: Mapping[str, Any], targets: Tensor, ignor
     """The loss of `targets` [b, T] with logits made, and used up, some rows at a time; None where it cannot be had so.
 
     The hidden states are taken at the door of the head, and what the model would do to the logits is done here. Not
-    where adapters at the head are more than its weight (rows or experts of their own, code around the call), where
-    the hidden states are not those of the targets, nor where the model treats its logits in a way that is not known.
-    The last shows in what it makes of a probe, which is looked at once for the model and the adapters in effect; if
-    then the answer is None, torch's random numbers are as they were."""
+    where adapters at the head are more than its weight (rows or experts of their own, code around the call), where a
+    hook of the model may read the logits, where the hidden states are not those of the targets, nor where the model
+    treats its logits in a way that is not known. The last shows in what it makes of a probe, which is looked at once
+    for the model and the adapters in effect; if then the answer is None, torch's random numbers are as they were."""
     head: Any = head_of(model)
     switch = switch_of(model)
     active = Active() if switch is None else switch.active()
-    if head is None:
+    if head is None or model._forward_hooks:  # a hook may read the logits
         return None
     rows = isinstance(active.router, PerRow)  # which names a batch's rows in its own order
     router, names = (None, sorted(active.names)) if rows else (active.router, active.names)
     used = () if switch is None else (router, *map(switch.records.get, names))
-    key: _Key = candidates(model), tuple(model._forward_hooks), rows, [ref(one) for one in used if one is not None]
+    key: _Key = candidates(model), rows, [ref(one) for one in used if one is not None]
     known, how = _KNOWN.get(model, ((), None))
     new = known != key
     if not (_acts_on_weights(model, head) if new else how):
@@ -139,11 +139,11 @@ def only(model: Any, trained: Tensor) -> Iterator[None]:
     """Inside, the model's head sees only the `trained` positions [b, T] of its hidden states, as [1, n, hidden].
 
     The head is called as ever, with the adapters on it, and the model caps or scales what it returns; all of that acts
-    on each position alone. Not where rows have adapters of their own at the head, which need the rows, nor where the
-    hidden states are not those of the labels: there all logits are made."""
+    on each position alone. Not where rows have adapters of their own at the head, which need the rows, where a hook
+    of the model may read the logits, nor where the hidden states are not those of the labels: there all are made."""
     head, switch = head_of(model), switch_of(model)
     rows = switch is not None and isinstance(switch.active().router, PerRow)
-    if head is None or (rows and not _acts_on_weights(model, head)):
+    if head is None or model._forward_hooks or (rows and not _acts_on_weights(model, head)):
         yield
         return
     places = trained.flatten().nonzero().flatten()
