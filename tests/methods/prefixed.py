@@ -1,4 +1,4 @@
-"""Models and batches of every shape for the tests of prefixes."""
+"""Models and batches of every shape for the tests of prefixes, prompts and ladders."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def prefixes(adapter):
 
 
 def padded(side, pads=(0, 2, 4), length=6):
+    """Rows of one length, each with its own number of pads on `side`; and the rows without their pads."""
     torch.manual_seed(1)
     rows = [torch.randint(3, 99, (length - n,)) for n in pads]
     ids, mask = torch.full((len(pads), length), PAD), torch.zeros(len(pads), length, dtype=torch.long)

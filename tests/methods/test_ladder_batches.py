@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import prefixed
 import pytest
 import torch
 from ladders import SEQ2SEQ, build, near, perturb
@@ -14,14 +15,9 @@ from deltatune.methods.ladder import LadderSideTuning, ResidualLadder
 from deltatune.models.tiny import PAD, inputs
 
 
-def padded(family: str, side: str, pads: tuple[int, ...] = (0, 2, 4), length: int = 7) -> Any:
-    torch.manual_seed(1)
-    rows = [torch.randint(3, 99, (length - n,)) for n in pads]
-    ids, mask = torch.full((len(pads), length), PAD), torch.zeros(len(pads), length, dtype=torch.long)
-    starts = list(pads) if side == "left" else [0] * len(pads)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, start : start + len(row)], mask[i, start : start + len(row)] = row, 1
-    given = {"input_ids": ids, "attention_mask": mask}
+def padded(family: str, side: str) -> Any:
+    given, rows, starts = prefixed.padded(side, length=7)
+    mask = given["attention_mask"]
     if side == "left" and family in ("llama", "gpt2"):
         given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     return given, rows, starts

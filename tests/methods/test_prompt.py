@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from prefixed import padded
 
 import deltatune as dt
 from deltatune.methods.prompt import PromptTuning
@@ -48,17 +49,6 @@ def of_tokens(family, logits, p):
     return torch.cat([logits[:, :at], logits[:, at + p :]], 1)
 
 
-def padded(family, side, pads=(0, 2, 4), length=6):
-    """Rows of one length, each with its own number of pads on `side`; and the rows without their pads."""
-    torch.manual_seed(1)
-    rows = [torch.randint(3, 99, (length - n,)) for n in pads]
-    ids, mask = torch.full((len(pads), length), PAD), torch.zeros(len(pads), length, dtype=torch.long)
-    starts = list(pads) if side == "left" else [0] * len(pads)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[i, start : start + len(row)], mask[i, start : start + len(row)] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}, rows, starts
-
-
 @pytest.mark.parametrize("family", (*CAUSAL, *CLASSIFIERS, *SEQ2SEQ))
 @torch.no_grad()
 def test_a_prompt_of_real_embeddings_is_the_real_text(family):
@@ -87,7 +77,7 @@ def test_a_prompt_of_real_embeddings_is_the_real_text(family):
 def test_padding_on_either_side_changes_no_real_token(family, side):
     model = build(family)
     dt.attach(model, PromptTuning(length=3))
-    batch, rows, starts = padded(family, side)
+    batch, rows, starts = padded(side)
     extra = {"decoder_input_ids": torch.tensor([[0, 5, 6]])} if family in SEQ2SEQ else {}
     got = model(**batch, **{k: v.expand(len(rows), -1) for k, v in extra.items()}).logits
     for i, row in enumerate(rows):
@@ -106,7 +96,7 @@ def test_given_positions_count_on_after_the_prompt(family):
     own = torch.arange(6)[None]
     near(model(**given, position_ids=own).logits, want)
     near(model(input_ids=given["input_ids"], position_ids=own).logits, want)
-    batch, *_ = padded(family, "left")
+    batch, *_ = padded("left")
     counted = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     real = batch["attention_mask"].bool()
     near(model(**batch, position_ids=counted).logits[real], model(**batch).logits[real])
@@ -123,7 +113,7 @@ def generate(model, batch, **options):
 @torch.no_grad()
 def test_generation_with_and_without_a_cache_is_that_of_the_real_text(family):
     model = build(family)
-    batch, rows, _ = padded(family, "left" if family != "bart" else "right")
+    batch, rows, _ = padded("left" if family != "bart" else "right")
     want = []
     for row in rows:
         full = torch.cat([torch.tensor(TEXT), row])[None]
@@ -150,7 +140,7 @@ def three(model):
 def test_rows_with_prompts_of_different_lengths_equal_separate_runs(family, side):
     model = build(family)
     names = three(model)
-    batch, rows, starts = padded(family, side if family not in ("bart", "deberta-v2") else "right")
+    batch, rows, starts = padded(side if family not in ("bart", "deberta-v2") else "right")
     starts = starts if family not in ("bart", "deberta-v2") else [0] * 3
     extra = {"decoder_input_ids": torch.tensor([[0, 5, 6]])} if family in SEQ2SEQ else {}
     with dt.using(model, router=dt.PerRow(names)):
@@ -167,7 +157,7 @@ def test_rows_with_prompts_of_different_lengths_equal_separate_runs(family, side
 def test_rows_with_different_prompts_generate_as_alone(family):
     model = build(family)
     names = three(model)
-    batch, rows, _ = padded(family, "left" if family != "bart" else "right")
+    batch, rows, _ = padded("left" if family != "bart" else "right")
     n = 0 if family in SEQ2SEQ else batch["input_ids"].shape[1]
     for options in ({}, {"use_cache": False}, {"num_beams": 2}):
         with dt.using(model, router=dt.PerRow(names)):
@@ -205,7 +195,7 @@ def test_stacked_prompts_stand_one_after_the_other(family):
 @torch.no_grad()
 def test_classification_reads_the_last_token_of_the_text(family):
     model = build(family, "classification")
-    batch, rows, _ = padded(family, "right")
+    batch, rows, _ = padded("right")
     want = []
     for row in rows:
         full = torch.cat([torch.tensor(TEXT), row])[None]
@@ -356,7 +346,7 @@ def test_packed_rows_and_made_masks_are_refused():
     with pytest.raises(dt.DeltatuneError, match="dynamic cache"):
         generate(model, {"input_ids": ids}, cache_implementation="static")
     with pytest.raises(dt.DeltatuneError, match="padding alone"):
-        generate(model, padded("llama", "left")[0], prefill_chunk_size=3)
+        generate(model, padded("left")[0], prefill_chunk_size=3)
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(dt.DeltatuneError, match="counts 9 tokens, but cache and call hold 7"):
         model(input_ids=ids[:, :1], attention_mask=torch.ones(2, 9), past_key_values=cache)

@@ -196,6 +196,10 @@ def test_a_recipe_brings_its_callbacks_rate_and_options(recipe: Recipe, tmp_path
     assert mine.made_method() == dt.LoRA(r=3) and mine.callbacks == ["lora_plus"] and mine.base == recipe.base
     assert (mine.train.lr, mine.train.weight_decay, mine.train.max_steps, mine.train.batch_size) == (3e-3, 0.1, 4, None)
     assert entrant.name == "mine"
+    file.write_text("base: x\ndata: rows.jsonl\nquantize: nf4\n")
+    with pytest.raises(DeltatuneError, match="quantize=nf4: set it in the recipe compared on"):
+        entrants([str(file)])
+    file.write_text("base: x\ndata: rows.jsonl\n")
     with pytest.raises(DeltatuneError, match="two would be called mine"):
         entrants([str(file), str(file)])
 

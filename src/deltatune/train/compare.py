@@ -244,21 +244,15 @@ def train_one(recipe: Recipe, seconds: float | None) -> dict[str, Any]:
 
 def untrained(recipe: Recipe) -> dict[str, Any]:
     """The quality of the base as it is, on the rows that the recipe holds out; its head, if it has one, is drawn."""
-    import torch
-
-    from deltatune.models.loading import load_base
     from deltatune.train.batching import batches
     from deltatune.train.loss import evaluate
     from deltatune.train.run import prepare
 
     ready = prepare(recipe)
     assert ready.held_out is not None
-    torch.manual_seed(recipe.seed)
-    model = load_base(ready.base, ready.task, dtype=ready.dtype, labels=ready.rows.label_names)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = ready.tokenizer.pad_token_id
-    rows = batches(ready.held_out, ready.tokenizer, recipe.train, ready.task, "none", ready.max_length, recipe.seed)
-    found = evaluate(model, rows, ready.dtype)
+    options, _ = ready.sized()
+    rows = batches(ready.held_out, ready.tokenizer, options, ready.task, "none", ready.max_length, recipe.seed)
+    found = evaluate(ready.load(), rows, ready.dtype)
     return {name: found.get(name) for name in ("eval_loss", "eval_accuracy")}
 
 

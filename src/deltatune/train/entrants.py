@@ -76,6 +76,8 @@ def _entrant(name: str, factor: float) -> Entrant:
     if not _is_file(name):
         return Entrant(name, name, rate(name) * factor, factor=factor)
     recipe = Recipe.read(name)
+    if recipe.quantize is not None:
+        raise DeltatuneError(f"{name}: quantize={recipe.quantize}: set it in the recipe compared on, for all methods")
     told = recipe.model_dump(mode="json", exclude_unset=True)
     own = tuple((k, v) for k, v in told.get("train", {}).items() if k in OWN)
     return Entrant(Path(name).stem, recipe.method, recipe.train.lr * factor, tuple(recipe.callbacks), own, factor)

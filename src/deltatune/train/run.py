@@ -101,6 +101,15 @@ class Prepared:
         with torch.device("meta"):
             return getattr(transformers, TASKS[self.task]).from_config(self.config, dtype=self.dtype)
 
+    def load(self) -> Any:
+        """The base with its weights; a head that it does not have is drawn."""
+        torch.manual_seed(self.recipe.seed)
+        model = load_base(self.base, self.task, dtype=self.dtype, labels=self.rows.label_names,
+                          quantize=self.recipe.quantize)  # fmt: skip
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
     def plan(self) -> Plan | None:
         return None if self.method is None else plan(self.blank(), self.method)
 
@@ -179,11 +188,7 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
     process = memory.held() if processes.device.type == "cpu" else 0
     may = ready.may_pack()
     options, estimate = ready.sized(process, may, processes)
-    torch.manual_seed(recipe.seed)  # a head is drawn while the base is loaded
-    model = load_base(ready.base, ready.task, dtype=ready.dtype, labels=ready.rows.label_names,
-                      quantize=recipe.quantize)  # fmt: skip
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = ready.tokenizer.pad_token_id
+    model = ready.load()
     torch.manual_seed(recipe.seed)
     method = None if ready.method is None else _with_fresh(ready.method, model)
     planned = ready.plan() if method is ready.method else plan(model, method)  # type: ignore[arg-type]
