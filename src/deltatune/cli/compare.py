@@ -28,7 +28,7 @@ Names = Annotated[
 Rates = Annotated[str, typer.Option("--rates", help="Multiples of each one's own learning rate: 0.3,1,3.")]
 Limit = Annotated[str, typer.Option("--budget", help="Of each: 90s, 2m, 1h, 500-steps or 200k-tokens.")]
 Folder = Annotated[Path | None, typer.Option("--output", help="By default the recipe's output with -compare behind.")]
-WIDE = 160  # columns, where no terminal cuts lines
+WIDE = 160  # columns: a narrower terminal breaks lines, which is better than a number cut short
 
 
 def command(
@@ -57,7 +57,7 @@ def command(
     if as_json:
         typer.echo(json.dumps([{k: v for k, v in dataclasses.asdict(row).items() if k != "key"} for row in rows]))
     else:
-        console.print(_table(best(rows)), soft_wrap=False, width=None if console.is_terminal else WIDE, crop=False)
+        console.print(_table(best(rows)), soft_wrap=False, width=max(console.width, WIDE), crop=False)
         for row in rows:
             if row.failed is not None:
                 console.print(Text(f"{row.method}: {row.failed}", "yellow"))
