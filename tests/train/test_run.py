@@ -121,6 +121,22 @@ def test_classes_train_the_head_too(tmp_path: Path, kind: str) -> None:
     assert outcome.plan is not None and {"classifier", "score"} & {site.path for site in outcome.plan.sites}
 
 
+@pytest.mark.parametrize(
+    "method", ["bitfit", {"name": "lora", "targets": "all-linear"}, {"name": "tune", "targets": "all-layers"}]
+)
+def test_a_head_is_trained_whole_and_nothing_below_it_in_vain(tmp_path: Path, method: Any) -> None:
+    rows = [{"text": f"{word} {i}", "label": word} for i in range(8) for word in ("good", "bad")]
+    outcome = run(Recipe.of({
+        "base": str(_base(tmp_path / "base", "bert")), "output": str(tmp_path / "run"), "method": method,
+        "data": {"train": _jsonl(tmp_path / "rows.jsonl", rows)},
+        "train": {"max_steps": 2, "lr": 1e-2, "batch_size": 8},
+    }))  # fmt: skip
+    assert outcome.plan is not None
+    paths = [site.path for site in outcome.plan.sites]
+    assert paths.count("classifier") == paths.count("bert.pooler.dense") == 2  # its matrix and its bias, once each
+    assert len(set(paths)) > 4
+
+
 def test_bases_that_cannot_tell_documents_apart_are_padded(recipe: dict[str, Any], tmp_path: Path) -> None:
     assert apart(load_base(recipe["base"]))
     bloom = _base(tmp_path / "bloom", "bloom")

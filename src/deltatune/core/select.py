@@ -4,7 +4,7 @@ A selection is one of
 
     r".*\\.q_proj"            a regular expression over the whole path, or a bare name ("q_proj") as its last part
     "all-linear"             every linear layer but the output head
-    "all-layers"             every layer of a known type: linear, convolution, embedding, layer norm
+    "all-layers"             every layer of a known type but a task's head: linear, convolution, embedding, layer norm
     nn.Linear                a module type
     lambda path, module: …   a predicate
     Part("q", "v")           the parts an architecture calls so, fused projections included
@@ -32,6 +32,7 @@ from deltatune.storage import layers
 SLOT = "adapters"  # the child of a grafted module that holds its adapters
 Select = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Config | tuple[Any, ...] | None
 Parts = Callable[[nn.Module], Mapping[str, Select]]
+_ALL = {"all-linear": layers.is_linear, "all-layers": layers.is_layer}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,18 +146,17 @@ def _find(model: nn.Module, select: Select, usual: tuple[str, ...]) -> list[Matc
             for m in _find(model, select.targets, usual)
             for piece in select.take
         ]
-    found = [Match(path, module) for path, module in walk(model) if _matches(select, path, module, model)]
+    left = _heads(model, select)
+    found = [m for m in (Match(*at) for at in walk(model)) if _matches(select, m.path, m.module) and not left(m)]
     if not found:
         raise DeltatuneError(_nothing(model, select))
     return found
 
 
-def _matches(select: Select, path: str, module: nn.Module, model: nn.Module) -> bool:
+def _matches(select: Select, path: str, module: nn.Module) -> bool:
     if isinstance(select, str):
-        if select == "all-linear":
-            return layers.is_linear(module) and not _is_head(path, module, model)
-        if select == "all-layers":
-            return layers.is_layer(module)
+        if select in _ALL:
+            return _ALL[select](module)
         bare = re.fullmatch(r"[\w.]+", select) is not None
         return re.fullmatch(select, path) is not None or (bare and f".{path}".endswith(f".{select}"))
     if isinstance(select, type):
@@ -166,11 +166,15 @@ def _matches(select: Select, path: str, module: nn.Module, model: nn.Module) -> 
     raise DeltatuneError(f"targets: {select!r} is no selection; give a name, a pattern, a type or a predicate")
 
 
-def _is_head(path: str, module: nn.Module, model: nn.Module) -> bool:
+def _heads(model: nn.Module, select: Select) -> Callable[[Match], bool]:
+    """What "all" leaves out. The head of a task is trained whole, by `Tune`: a change of a part of it had no effect."""
+    if not isinstance(select, str) or select not in _ALL:
+        return lambda match: False
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
-        return module is output
-    return path in {"score", "classifier", "classification_head", "lm_head", "qa_outputs"}
+        return lambda match: select == "all-linear" and match.module is output
+    head = _PARTS[0](model).get("head")
+    return lambda match: isinstance(head, str) and re.fullmatch(head, match.path) is not None
 
 
 def _find_parts(model: nn.Module, names: tuple[str, ...], partly: bool = False) -> list[Match]:

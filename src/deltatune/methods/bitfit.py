@@ -6,7 +6,7 @@
 Linear layers' and norms' biases alike; `targets=Part("q", "up")` is the paper's smaller set, the biases of queries and
 of the first feed-forward layers. Matrices that are called a bias (T5's relative positions) are none. A model without
 bias vectors (Llama, T5) has nothing to train, and attaching says so: a bias added where there was none would be another
-method, and could not be merged.
+method, and could not be merged. The head of a task is trained whole, as in the paper, by `Tune`, and is not among them.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import Delta, DeltatuneError, Method, Select, Site, resolve
+from deltatune.core import Delta, DeltatuneError, Layers, Method, Select, Site, resolve
+from deltatune.core.select import Match
 from deltatune.models.anatomy import classifier
 
 
@@ -54,6 +55,16 @@ def head_of(model: nn.Module, labels: tuple[str, ...]) -> str:
             "AutoModelForSequenceClassification or AutoModelForTokenClassification"
         )
     return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside(Layers):
+    """Modules of `targets` but those at `whole`, which `Tune` trains whole: another change of them had no effect."""
+
+    whole: tuple[str, ...]
+
+    def among(self, found: list[Match]) -> list[Match]:
+        return [m for m in found if m.path not in self.whole]
 
 
 class Copy(Delta):

@@ -42,7 +42,7 @@ from deltatune.data import (
 from deltatune.data.encode import Task
 from deltatune.data.formats import Labelled, Tagged
 from deltatune.data.templates import NAMED, adds_bos
-from deltatune.methods.tune import Tune
+from deltatune.methods.tune import Beside, Tune
 from deltatune.models.blocks import may_block
 from deltatune.models.loading import FRESH, TASKS, load_base, load_tokenizer, locate, read_config
 from deltatune.models.quantise import require
@@ -320,11 +320,18 @@ def _with_fresh(method: Method, model: Any) -> Method:
     """With what else the base had no weights for, such as BERT's pooler under a language model: it is saved then."""
     parts = [part for part in method.parts() if isinstance(part, Tune)]
     tuned = {match.path for part in parts for match in resolve(model, part.targets, part.usual)}
-    fresh = tuple(re.escape(path) for path in getattr(model, FRESH, ()) if path not in tuned)
+    fresh = tuple(path for path in getattr(model, FRESH, ()) if path not in tuned)
     if not fresh:
         return method
-    members = method.methods if isinstance(method, Union) else (method,)
-    return Union(methods=(*members, Tune(targets=fresh)))
+    members = [_beside(fresh, m, model) for m in (method.methods if isinstance(method, Union) else (method,))]
+    return Union(methods=(*members, Tune(targets=tuple(map(re.escape, fresh)))))
+
+
+def _beside(whole: tuple[str, ...], method: Method, model: Any) -> Method:
+    """`method`, without what is trained whole."""
+    if all(match.path not in whole for match in resolve(model, method.select(model), method.usual)):
+        return method
+    return replace(method, targets=Beside(targets=method.targets, whole=whole))
 
 
 def _free(output: Path, resume: bool) -> None:
