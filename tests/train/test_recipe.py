@@ -33,6 +33,16 @@ def test_reads_what_is_written(file: Path) -> None:
     assert recipe.train.lr == 2e-4 and recipe.data.eval == "5%" and recipe.output == "runs/law"
 
 
+@pytest.mark.parametrize(
+    ("given", "lr"),
+    [(["method=vera"], dt.VeRA.lr), (["method=full"], 2e-5), (["method=mam"], dt.MAM.lr),
+     (["method=vera", "lr=0.5"], 0.5), (["method=[{name: prompt_tuning}, lora]"], dt.PromptTuning.lr)],
+)  # fmt: skip
+def test_a_method_trains_at_its_own_learning_rate(tmp_path: Path, given: list[str], lr: float) -> None:
+    (tmp_path / "any.yaml").write_text("version: 1\nbase: base\ndata: {train: rows.jsonl}\n")
+    assert Recipe.read(tmp_path / "any.yaml", given).train.lr == lr
+
+
 def test_the_written_recipe_is_the_same_run(file: Path, tmp_path: Path) -> None:
     given = ["targets={type: Part, names: [q, v]}", "seed=7", "method.init=null", "train.betas=[0.9, 0.95]"]
     recipe = Recipe.read(file, given)

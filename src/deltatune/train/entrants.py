@@ -9,10 +9,10 @@ from typing import Any
 
 from deltatune.core import DeltatuneError, Method
 from deltatune.registry import named, public
+from deltatune.train.options import FULL_LR
 from deltatune.train.recipe import FULL, Recipe
 
 BASE = "base"  # not a method: the base as it is, for its quality
-FULL_LR = 2e-5  # of training every weight of the base
 # What a recipe has of its own among the options of training; the others are what a comparison holds equal.
 OWN = ("schedule", "warmup", "weight_decay", "optimizer", "betas", "eps", "clip")
 
@@ -79,5 +79,6 @@ def _entrant(name: str, factor: float) -> Entrant:
     if recipe.quantize is not None:
         raise DeltatuneError(f"{name}: quantize={recipe.quantize}: set it in the recipe compared on, for all methods")
     told = recipe.model_dump(mode="json", exclude_unset=True)
+    assert recipe.train.lr is not None
     own = tuple((k, v) for k, v in told.get("train", {}).items() if k in OWN)
     return Entrant(Path(name).stem, recipe.method, recipe.train.lr * factor, tuple(recipe.callbacks), own, factor)

@@ -103,6 +103,7 @@ class _Trainer:
     def __init__(self, model: nn.Module, adapter: Adapter | None, batches: Batches, eval_batches: Batches | None,
                  options: TrainOptions, callbacks: Sequence[Callback], output: Path | None, resume: bool,
                  report: Report | None, stack: ExitStack) -> None:  # fmt: skip
+        options = options.rated(None if adapter is None else adapter.method)
         options.check(evaluates=eval_batches is not None, output=output)
         self.model, self.adapter, self.batches, self.held_out = model, adapter, batches, eval_batches
         self.options, self.output, self.report = options, output, report

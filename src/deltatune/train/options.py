@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from deltatune.core import Method, Union
 from deltatune.core.errors import DeltatuneError, nearest
 from deltatune.data.loader import Batches
 from deltatune.train.pace import Speed
@@ -17,6 +18,7 @@ from deltatune.train.recompute import Recompute
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 TOKENS_PER_STEP = 8192
+FULL_LR = 2e-5  # of training every weight of the base
 SHARE = 10  # evaluations and checkpoints in a run, where no interval is given
 
 
@@ -29,7 +31,8 @@ class TrainOptions(BaseModel):
     """Passes over the data; 1 unless `max_steps` is given."""
     max_steps: Count | None = None
     """Optimizer steps, in place of `epochs`."""
-    lr: Annotated[float, Field(gt=0)] = 2e-4
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """By default the one that suits the method, its `lr`; of several methods that of the first; of `full` 2e-5."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: int | float = 0.03
     """A whole number: steps. A fraction below 1: that share of all steps, rounded up."""
@@ -90,6 +93,14 @@ class TrainOptions(BaseModel):
         if self.batch_size is None and batch is not None and batch > step:
             raise ValueError(f"tokens_per_batch ({batch}) is more than tokens_per_step ({step}); lower it")
         return self
+
+    def rated(self, method: Method | None) -> Self:
+        """With a learning rate: that of `method`, None for every weight, where none is given."""
+        if self.lr is not None:
+            return self
+        while type(method) is Union:
+            method = method.methods[0]
+        return self.model_copy(update={"lr": FULL_LR if method is None else method.lr})
 
     def check(self, *, evaluates: bool, output: Path | None) -> None:
         """Raises for an option that this run gives no effect: of evaluation without data, of files without a folder."""

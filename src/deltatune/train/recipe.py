@@ -105,6 +105,7 @@ class Recipe(BaseModel):
             if recipe.made_method() is None and recipe.quantize is not None:
                 raise DeltatuneError("quantize: method full trains the weights, which must not be quantised; drop it")
             recipe.made_callbacks()
+            recipe = recipe.model_copy(update={"train": recipe.train.rated(recipe.made_method())})
         except ValidationError as error:
             raise DeltatuneError("; ".join(f"{source}: {_told(problem)}" for problem in error.errors())) from None
         except DeltatuneError as error:
