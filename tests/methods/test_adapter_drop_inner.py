@@ -62,3 +62,22 @@ def test_a_head_inside_names_its_classes(wrap: Any, tmp_path: Any) -> None:
     assert torch.equal(other(**inputs(other)).logits, model(**inputs(model)).logits)
     dt.detach(model)
     assert len(model.config.id2label) == 3
+
+
+@pytest.mark.parametrize("n", [None, 1])
+def test_a_fusion_is_pruned_inside(n: int | None) -> None:
+    model = deep("llama")
+    for i, name in enumerate("abc"):
+        dt.attach(model, dt.Pfeiffer(size=2 + i, init=dt.NearIdentity(std=0.3)), name)
+    fused = randomise(dt.attach(model, dt.AdapterDrop(inner=dt.AdapterFusion(adapters=("a", "b", "c")), n=n), "fused"))
+    given = inputs(model)
+    with dt.AdapterFusion.attention(fused) as seen:
+        model(**given)
+    weights = sum(found[0].mean((0, 1)) for found in seen.values())
+    kept = [name for i, name in enumerate("abc") if i != int(torch.as_tensor(weights).argmin())]
+    cut = dt.AdapterFusion.prune(fused, 2, seen, "cut")
+    got = model(**given).logits
+    want = dt.attach(model, dt.AdapterDrop(inner=dt.AdapterFusion(adapters=tuple(kept)), n=n), "want")
+    want.load_state_dict({**want.state_dict(), **dict(fused.named_parameters())})
+    assert list(cut.method.inner.adapters) == kept
+    torch.testing.assert_close(got, model(**given).logits, atol=0, rtol=0)

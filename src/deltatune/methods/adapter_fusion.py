@@ -94,15 +94,15 @@ class AdapterFusion(Method):
     @staticmethod
     def prune(adapter: Adapter, k: int, seen: Mapping[str, Sequence[Tensor]], name: str) -> Adapter:
         """Attach a fusion of the k adapters with the most weight in `seen`, the mean over sites, called `name`."""
-        means = [torch.cat([a.flatten(0, -2) for a in found]).double().mean(0) for found in seen.values()]
-        n = len(means[0])
+        n = len(means := [torch.cat([a.flatten(0, -2) for a in f]).double().mean(0) for f in seen.values()])
         if not 1 <= k <= n:
             raise DeltatuneError(f"AdapterFusion: of {n} adapters 1 to {n} can be kept, not {k}")
         kept = sorted(torch.stack(means).mean(0).topk(k).indices.tolist())
         state = adapter.state_dict()
-        for path, unit in adapter.units():
-            for key in [k for k in unit.state_dict() if k.startswith("adapters.")]:
-                t, (_, i, rest) = state.pop(f"{path}.{key}"), key.split(".", 2)
+        units = ((f"{path}.{at}".rstrip("."), m) for path, unit in adapter.units() for at, m in unit.named_modules())
+        for path in [path for path, m in units if isinstance(m, Fusion)]:
+            for key in [k for k in state if k.startswith(f"{path}.adapters.")]:
+                t, (i, rest) = state.pop(key), key.removeprefix(f"{path}.adapters.").split(".", 1)
                 if int(i) in kept:
                     state[f"{path}.adapters.{kept.index(int(i))}.{rest}"] = t
         method = adapter.method.portable([unit for _, unit in adapter.units()])
@@ -114,7 +114,9 @@ class AdapterFusion(Method):
 def _pruned(method: Method, kept: Sequence[int]) -> Method:
     if isinstance(method, Union):
         return replace(method, methods=tuple(_pruned(m, kept) for m in method.methods))
+    if isinstance(inner := getattr(method, "inner", None), Method):
+        return replace(method, inner=_pruned(inner, kept))  # type: ignore[call-arg]
     if not isinstance(method, AdapterFusion):
         return method
-    methods = tuple(method.methods[i] for i in kept) if method.methods else ()
-    return replace(method, adapters=tuple(method.adapters[i] for i in kept), methods=methods)
+    return replace(method, adapters=tuple(method.adapters[i] for i in kept),
+                   methods=tuple(method.methods[i] for i in kept if method.methods))  # fmt: skip
