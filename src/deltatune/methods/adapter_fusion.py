@@ -94,8 +94,8 @@ class AdapterFusion(Method):
     @staticmethod
     def prune(adapter: Adapter, k: int, seen: Mapping[str, Sequence[Tensor]], name: str) -> Adapter:
         """Attach a fusion of the k adapters with the most weight in `seen`, the mean over sites, called `name`."""
-        n = len(means := [torch.cat([a.flatten(0, -2) for a in f]).double().mean(0) for f in seen.values()])
-        if not 1 <= k <= n:
+        means = [torch.cat([a.flatten(0, -2) for a in found]).double().mean(0) for found in seen.values()]
+        if not 1 <= k <= (n := len(means[0])):
             raise DeltatuneError(f"AdapterFusion: of {n} adapters 1 to {n} can be kept, not {k}")
         kept = sorted(torch.stack(means).mean(0).topk(k).indices.tolist())
         state = adapter.state_dict()
