@@ -3,9 +3,8 @@
     z = sum_n a_n W_v z_n,    a = softmax_n((W_q x + b_q) . (W_k z_n + b_k))                                (sec. 3.2)
 
 z_n is what bottleneck adapter n adds, without its residual, for their common input x; z is added in its place. The N
-adapters, at the same modules, were trained before, each alone. They and the base are frozen; W_q, W_k, W_v of each site
-learn which of them helps which token, with 0.01 |I - W_v|_F^2 for each site in the loss. `routers.adapter_fusion` has
-the attention and how it starts. Task heads of the adapters are left out: the fusion's task has its own.
+adapters, trained before, each alone, and the base are frozen; W_q, W_k, W_v of each site learn which adapter helps a
+token, with 0.01 |I - W_v|_F^2 for each site in the loss: see `routers.adapter_fusion`. Task heads are not fused.
 """
 
 from __future__ import annotations
@@ -97,16 +96,15 @@ class AdapterFusion(Method):
         means = [torch.cat([a.flatten(0, -2) for a in found]).double().mean(0) for found in seen.values()]
         if not 1 <= k <= (n := len(means[0])):
             raise DeltatuneError(f"AdapterFusion: of {n} adapters 1 to {n} can be kept, not {k}")
-        kept = sorted(torch.stack(means).mean(0).topk(k).indices.tolist())
-        state = adapter.state_dict()
-        units = ((f"{path}.{at}".rstrip("."), m) for path, unit in adapter.units() for at, m in unit.named_modules())
-        for path in [path for path, m in units if isinstance(m, Fusion)]:
+        kept, state = sorted(torch.stack(means).mean(0).topk(k).indices.tolist()), adapter.state_dict()
+        inside = ((p, at) for p, unit in adapter.units() for at, m in unit.named_modules() if isinstance(m, Fusion))
+        for path in [f"{p}.{at}".rstrip(".") for p, at in inside]:
             for key in [k for k in state if k.startswith(f"{path}.adapters.")]:
                 t, (i, rest) = state.pop(key), key.removeprefix(f"{path}.adapters.").split(".", 1)
                 if int(i) in kept:
                     state[f"{path}.adapters.{kept.index(int(i))}.{rest}"] = t
-        method = adapter.method.portable([unit for _, unit in adapter.units()])
-        cut = attach(adapter.model, _pruned(method, kept), name, dtype=adapter.dtype)
+        method = _pruned(adapter.method.portable([unit for _, unit in adapter.units()]), kept)
+        cut = attach(adapter.model, method, name, dtype=adapter.dtype)
         cut.load_state_dict(state)
         return cut
 
