@@ -25,6 +25,7 @@ COMMANDS = {
     "methods": "List every method, or explain one.",
     "chat": "Talk to a base model and its adapters.",
     "generate": "Answer prompts, many at once.",
+    "predict": "Classify texts, or tag words, many at once.",
     "merge": "Merge adapters into their base, prove it, and write the model.",
     "export": "Write an adapter for other programs: a Hugging Face folder, or GGUF for llama.cpp.",
 }

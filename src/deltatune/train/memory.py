@@ -220,9 +220,8 @@ def _batch(shape: Shape) -> Batch:
         inputs["decoder_input_ids"] = blank(shape.target)
     labels = torch.full((shape.target if shape.task == "seq2seq" else shape.length, shape.rows), IGNORED)
     labels.view(-1)[-shape.trained :] = 0  # the last of each row: nothing predicts the first
-    if shape.task == "classification":
-        labels = torch.zeros(1, shape.rows, dtype=torch.long)[0]
-    return Batch(inputs, labels.T, labels.T, [], shape.rows * shape.length, shape.trained, shape.blocks)
+    labels = torch.zeros(shape.rows, dtype=torch.long) if shape.task == "classification" else labels.mT
+    return Batch(inputs, labels, labels, [], shape.rows * shape.length, shape.trained, shape.blocks)
 
 
 def estimate(model: Any, method: Method | None, shape: Shape, options: TrainOptions, *, dtype: torch.dtype,
