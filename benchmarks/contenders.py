@@ -323,6 +323,7 @@ MADE: dict[str, Callable[[], dt.Method]] = {
     "OFTv2": dt.OFTv2,
     "VeRA": dt.VeRA,
     "LoKr": dt.LoKr,
+    "LadderSideTuning": dt.LadderSideTuning,
 }
 METHODS: dict[str, Callable[..., Any]] = {
     f"method {name}": partial(lambda make, *a: ours(*a, packed="padded", method=make()), make)

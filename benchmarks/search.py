@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("rates", type=Path)
     parser.add_argument("--methods", default="all")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--start", type=float, default=1.0, choices=HALF_DECADES, help="a multiple of the present rate")
     parser.add_argument("--share", default="0/1")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -41,10 +42,10 @@ def main() -> None:
         return
     mine, of = map(int, given.share.split("/"))
     for name in methods(given.methods)[mine::of]:
-        search(Recipe.read(given.recipe), name, given.steps, given.rates)
+        search(Recipe.read(given.recipe), name, given.start, given.steps, given.rates)
 
 
-def search(recipe: Recipe, name: str, steps: int, rates: Path) -> None:
+def search(recipe: Recipe, name: str, first: float, steps: int, rates: Path) -> None:
     """The trials of one method."""
 
     def loss(factor: float) -> float:
@@ -52,9 +53,10 @@ def search(recipe: Recipe, name: str, steps: int, rates: Path) -> None:
         found = known or _trial(recipe, name, factor, steps, rates)
         return found.get("eval_loss") or float("inf")
 
-    best, at = loss(1.0), HALF_DECADES.index(1.0)
     if name == BASE:
+        loss(1.0)
         return
+    best, at = loss(first), HALF_DECADES.index(first)
     for way in (1, -1):
         start = at
         while 0 <= at + way < len(HALF_DECADES) and (new := loss(HALF_DECADES[at + way])) < best:

@@ -68,34 +68,41 @@ def main() -> None:
             if given.log is not None:
                 with given.log.open("a") as log:
                     log.write(json.dumps(runs[name][-1]) + "\n")
-    medians = {n: {k: statistics.median(run[k] for run in runs[n]) for k in runs[n][0] if k != "name"}
-               for n in given.only}  # fmt: skip
+    medians: dict[str, dict[str, Any]] = {
+        n: {k: statistics.median(run[k] for run in runs[n]) for k in runs[n][0] if k != "name"} for n in given.only
+    }
+    for name, one in medians.items():
+        one["runs"] = ", ".join(f"{run['rate']:.0f}" for run in runs[name])
     table(medians)
 
 
-def table(found: dict[str, dict[str, float]]) -> None:
+def table(found: dict[str, dict[str, Any]]) -> None:
     if all(name in METHODS for name in found):
         return overheads(found)
     tutorial = found.get("tutorial")
     best = max((found[n] for n in REFERENCES if n in found), key=lambda f: f["rate"], default=None)
     plain = found.get("plain")
-    print("| stack | tokens/s | GiB above the weights | / tutorial | / best reference | / plain | share of ceiling |")
-    print("|---|---|---|---|---|---|---|")
+    heads = ("stack", "runs, tokens/s", "tokens/s", "GiB above the weights", "/ tutorial", "/ best reference", 
+             "/ plain", "share of ceiling")  # fmt: skip
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for name, one in found.items():
         ratios = [f"{one['rate'] / other['rate']:.2f}" if other else "" for other in (tutorial, best, plain)]
         share = f"{one['share']:.0%} of {one['gemm']:.0f} GF/s" if "share" in one else f"(GEMM {one['gemm']:.0f} GF/s)"
-        print(f"| {name} | {one['rate']:.0f} | {one['peak'] / 2**30:.2f} | {' | '.join(ratios)} | {share} |")
+        rates = f"{one['runs']} | {one['rate']:.0f}"
+        print(f"| {name} | {rates} | {one['peak'] / 2**30:.2f} | {' | '.join(ratios)} | {share} |")
     if BEST in found and "full fine-tuning" in found:
         print(f"\nLoRA takes {found['full fine-tuning']['rate'] / found[BEST]['rate']:.2f} of full fine-tuning's time.")
 
 
-def overheads(found: dict[str, dict[str, float]]) -> None:
+def overheads(found: dict[str, dict[str, Any]]) -> None:
     """Time per computed token over that of the frozen base's own forward and backward pass, and over LoRA's."""
     frozen, lora = (found.get(f"method {name}") for name in ("one norm alone", "LoRA"))
-    print("| method | tokens/s | GiB above the weights | time / frozen base | time / LoRA |\n|---|---|---|---|---|")
+    print(
+        "| method | runs, tokens/s | GiB above the weights | time / frozen base | time / LoRA |\n|---|---|---|---|---|"
+    )
     for name, one in found.items():
         ratios = [f"{other['rate'] / one['rate']:.2f}" if other else "" for other in (frozen, lora)]
-        print(f"| {name[7:]} | {one['rate']:.0f} | {one['peak'] / 2**30:.2f} | {' | '.join(ratios)} |")
+        print(f"| {name[7:]} | {one['runs']} | {one['peak'] / 2**30:.2f} | {' | '.join(ratios)} |")
 
 
 if __name__ == "__main__":
