@@ -35,7 +35,7 @@ def test_reads_what_is_written(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "lr"),
-    [(["method=vera"], dt.VeRA.lr), (["method=full"], 2e-5), (["method=mam"], dt.MAM.lr),
+    [(["method=vera"], dt.VeRA.lr), (["method=full"], 1e-4), (["method=mam"], dt.MAM.lr),
      (["method=vera", "lr=0.5"], 0.5), (["method=[{name: prompt_tuning}, lora]"], dt.PromptTuning.lr)],
 )  # fmt: skip
 def test_a_method_trains_at_its_own_learning_rate(tmp_path: Path, given: list[str], lr: float) -> None:

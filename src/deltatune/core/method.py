@@ -137,7 +137,7 @@ class Method(Config):
 
     targets: Select = None
 
-    lr: ClassVar[float] = 2e-4  # that suits the defaults, with AdamW: what `deltatune compare` trains with
+    lr: ClassVar[float] = 1e-3  # that suits the defaults, with AdamW, on a base a few hundred wide: see docs/compare.md
     usual: ClassVar[tuple[str, ...]] = ("q", "k", "v", "o", "gate", "up", "down")  # parts that `targets=None` means
     at: ClassVar[tuple[str, ...]] = ("weight",)  # parameters a delta replaces, or ("call",), or ("attention",)
     otherwise: ClassVar[str] = ""  # what to do instead, said where no module has any of these

@@ -24,7 +24,7 @@ from deltatune.core import Base, Callback, Delta, DeltatuneError, Method, Site
 class AdaLoRA(Method):
     """A site starts with `init_r` triplets and ends with `target_r` on average; for the rest see `RankAllocation`."""
 
-    lr: ClassVar[float] = 5e-4
+    lr: ClassVar[float] = 5e-3
     target_r: int = 8
     init_r: int = 12
     t_init: int = 0

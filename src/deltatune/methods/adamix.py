@@ -30,7 +30,7 @@ class AdaMix(Method):
     """`n`: copies of each projection of `expert` but the one in `sharing`. `consistency`: the weight of that loss, 100
     in the authors' generation, 0 for one pass and none. `targets` are the modules, whatever the expert's."""
 
-    lr: ClassVar[float] = 3e-4
+    lr: ClassVar[float] = 5e-3
     expert: Method = field(default_factory=lambda: Houlsby(size=16, norms=None))
     n: int = 4
     sharing: Literal["up", "down", "none"] = "up"

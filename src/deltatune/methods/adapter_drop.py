@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from torch import nn
 
@@ -29,6 +30,7 @@ class AdapterDrop(Method):
     """`inner`: the method, which has the targets; `n`: of a specialised adapter, None for a robust one, whose draws
     depend on `seed` and the step alone."""
 
+    lr: ClassVar[float] = 2e-3
     inner: Method = field(default_factory=Pfeiffer)
     n: int | None = None
     seed: int = 0

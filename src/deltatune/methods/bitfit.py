@@ -22,7 +22,7 @@ from deltatune.methods.tune import Copy
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Method):
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 5e-3
     targets: Select = "all-layers"
 
     at: ClassVar[tuple[str, ...]] = ("bias",)

@@ -27,7 +27,7 @@ from deltatune.methods.oft import Rotation, blockwise
 class BOFT(Method):
     """`m`: the number of butterfly factors. With a "learned" magnitude, W' = diag(d) W R^T, where d starts at one."""
 
-    lr: ClassVar[float] = 4e-4
+    lr: ClassVar[float] = 2e-3
     block_size: int = 8
     m: int = 2
     p1: float = 1.0

@@ -20,5 +20,5 @@ from deltatune.methods.fish_mask import FishMask
 class ChildTuning(FishMask):
     """`density`: p_D; `samples`: how many of the training examples F is the mean over."""
 
-    lr: ClassVar[float] = 4e-5
+    lr: ClassVar[float] = 5e-4
     density: float = 0.3

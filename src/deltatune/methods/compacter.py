@@ -29,7 +29,7 @@ class PHMAdapter(Method):
     """`size`: the bottleneck m; `n`: the terms of H, which divides m and the width of the model; `norms`: the norms
     trained beside the adapters; None for none of them; `activation`: "gelu_tanh", the paper's, or one of Houlsby's."""
 
-    lr: ClassVar[float] = 3e-3
+    lr: ClassVar[float] = 5e-3
     size: int = 24
     n: int = 4
     activation: str = "gelu_tanh"

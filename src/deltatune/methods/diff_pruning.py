@@ -30,7 +30,7 @@ START = 5.0  # of alpha
 class DiffPruning(Method):
     """`l0`: lambda; `alpha_lr`: the learning rate of alpha; `gated`: phase 1's share of the steps."""
 
-    lr: ClassVar[float] = 5e-5
+    lr: ClassVar[float] = 2e-3
     density: float = 0.005
     l0: float = 1.25e-7
     alpha_lr: float = 0.1

@@ -27,7 +27,7 @@ from deltatune.methods.lora import LoRA, LowRank
 class DyLoRA(Method):
     """`seed`: of the draws, which depend on it and the step alone."""
 
-    lr: ClassVar[float] = 5e-4
+    lr: ClassVar[float] = 2e-3
     r: int = 8
     r_min: int = 1
     alpha: float = 16.0

@@ -29,7 +29,7 @@ class FAR(Method):
     """`retention`: the share of learner nodes; `priming`: its share of the steps; `start`: where learners go on from,
     rewound to the base or as primed. Frozen nodes are always the base's."""
 
-    lr: ClassVar[float] = 1e-4
+    lr: ClassVar[float] = 1e-3
     retention: float = 0.1
     priming: float = 0.01
     start: Literal["base", "primed"] = "base"

@@ -26,6 +26,7 @@ from deltatune.methods.coordinates import Budget, Coordinates, check_share
 class FishMask(Method):
     """`density`: the share of the targets' parameters that is trained; `samples`: n."""
 
+    lr: ClassVar[float] = 3e-3
     density: float = 0.005
     samples: int = 1024
 

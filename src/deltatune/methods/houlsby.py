@@ -43,7 +43,7 @@ class Houlsby(Method):
     """`size`: the bottleneck m. `norms`: the norms trained beside the adapters; None for none of them.
     `activation`: "gelu_tanh", which is the paper's, "gelu", "relu" or "silu"."""
 
-    lr: ClassVar[float] = 3e-4
+    lr: ClassVar[float] = 2e-3
     size: int = 64
     activation: str = "gelu_tanh"
     norms: Select = Part("norm")

@@ -21,7 +21,7 @@ from deltatune.core import Base, Delta, Method, Part, Select, Site, resolve
 class IA3(Method):
     """`on_input`: those of the targets whose input is rescaled instead of their output; None for none of them."""
 
-    lr: ClassVar[float] = 3e-3
+    lr: ClassVar[float] = 3e-2
     on_input: Select = Part("down")
 
     usual = ("k", "v", "down")

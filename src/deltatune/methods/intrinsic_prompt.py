@@ -28,7 +28,7 @@ from deltatune.models.task_prompts import Made
 class IntrinsicPrompt(Method):
     """`length` p; `dim` d_I; `hidden`, the width between W_2 and W_3."""
 
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 1e-1
     length: int = 20
     dim: int = 250
     hidden: int = 768

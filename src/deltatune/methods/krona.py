@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ class KronA(Method):
     """`a`: (a1, a2), the shape of A; by default the largest divisors of out and in up to their square roots, which
     leaves near the fewest parameters that any shape does."""
 
+    lr: ClassVar[float] = 1e-2
     a: tuple[int, int] | None = None
     s: float = 1.0
 

@@ -29,7 +29,7 @@ from deltatune.models.side import Beside, Side, Tap, Tape, number, output_width,
 class LadderSideTuning(Method):
     """`reduction` R; `kept`: numbers of the blocks that have a rung, in each stack, None for all; `temperature` T."""
 
-    lr: ClassVar[float] = 3e-3
+    lr: ClassVar[float] = 5e-3
     reduction: int = 8
     kept: tuple[int, ...] | None = None
     temperature: float = 0.1
@@ -64,6 +64,8 @@ class LadderSideTuning(Method):
 @dataclass(frozen=True, kw_only=True)
 class ResidualLadder(LadderSideTuning):
     """The head reads h + Up norm(g_L), h being what the backbone gives it; Up = 0 at first, which is the base."""
+
+    lr: ClassVar[float] = 5e-2
 
     def build(self, site: Site, shared: nn.Module | None) -> Ladder:
         return self._start(AddedLadder(Side(site, self.reduction, self.kept), self.temperature, site), site)

@@ -22,7 +22,7 @@ from deltatune.core import Base, Delta, DeltatuneError, Method, Site
 
 @dataclass(frozen=True, kw_only=True)
 class LoHa(Method):
-    lr: ClassVar[float] = 1e-4
+    lr: ClassVar[float] = 5e-3
     r: int = 4
     alpha: float = 2.0
 

@@ -28,7 +28,7 @@ class LoKr(Method):
     """`factor`: the smaller part of out and of in, where it divides them; -1 for parts as equal as can be.
     `decompose`: which of "w1" and "w2" are products through r; none of them, and this is KronA."""
 
-    lr: ClassVar[float] = 4e-4
+    lr: ClassVar[float] = 5e-3
     r: int = 8
     alpha: float = 8.0
     factor: int = -1

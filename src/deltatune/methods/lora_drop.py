@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -25,6 +26,7 @@ class LoRADrop(Method):
     """`kept`: the sites that have a pair of their own. It is None until training has chosen them, which takes `trial`
     batches and keeps a share `threshold` of the output; a site is then as in LoRA."""
 
+    lr: ClassVar[float] = 2e-3
     r: int = 8
     alpha: float = 16.0
     threshold: float = 0.9

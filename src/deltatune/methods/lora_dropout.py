@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from deltatune.methods.lora import LowRank
 class LoRADropout(Method):
     """`seed`: of the masks of `instances`; those in training are torch's."""
 
+    lr: ClassVar[float] = 3e-3
     r: int = 8
     alpha: float = 16.0
     p: float = 0.5

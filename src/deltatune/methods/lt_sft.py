@@ -29,7 +29,7 @@ from deltatune.methods.coordinates import Budget, Coordinates, check_share
 class LTSFT(Method):
     """`full`: phase 1's share of the steps. It needs the memory of full fine-tuning; its weights are not kept."""
 
-    lr: ClassVar[float] = 5e-5
+    lr: ClassVar[float] = 5e-3
     density: float = 0.01
     full: float = 0.5
     l1: float = 0.0

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from deltatune.models.task_prompts import Made, check_tasks, task_prompt
 class MultitaskPrompt(PromptTuning):
     """`length` p; `r`; `tasks`: the names of several, which rows then name; `init`: how P* starts."""
 
+    lr: ClassVar[float] = 5e-2
     r: int = 1
     tasks: tuple[str, ...] = ()
 

@@ -23,7 +23,7 @@ class OFT(Method):
     """`blocks`: each of the in / block_size blocks has its own Q, or all share one. With a "learned" magnitude it is
     the paper's re-scaled OFT, W' = diag(d) W R^T, where d starts at one."""
 
-    lr: ClassVar[float] = 4e-4
+    lr: ClassVar[float] = 2e-3
     block_size: int = 32
     blocks: Literal["own", "shared"] = "own"
     magnitude: Literal["kept", "learned"] = "kept"

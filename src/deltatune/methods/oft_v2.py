@@ -14,6 +14,7 @@ cancels. Hence k is even here unless you ask.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from deltatune.methods.oft import OFT, Rotation
 class OFTv2(OFT):
     """`k`: the last power in the Neumann series."""
 
+    lr: ClassVar[float] = 2e-3
     k: int = 4
 
     def __post_init__(self) -> None:

@@ -32,7 +32,7 @@ class PTuning(Method):
     hidden: width of the LSTM in each direction, d/2 by default; of the MLP, d.
     """
 
-    lr: ClassVar[float] = 1e-4
+    lr: ClassVar[float] = 5e-3
     length: int = 9
     token: int | None = None
     encoder: Literal["lstm", "mlp"] | None = "lstm"

@@ -23,13 +23,17 @@ from deltatune.models.anatomy import ANATOMY, parts
 @dataclass(frozen=True, kw_only=True)
 class PTuningV2(PrefixTuning):
     """`length` and learning rate are what to search: short prompts for simple tasks, long ones for tagging and reading
-    (8 to 128 in the paper's recipes)."""
+    (8 to 128 in the paper's recipes). `labels`: of the head's classes, as `Tune`'s; () for the base's."""
 
     lr: ClassVar[float] = 7e-3
     dropout: float = 0.1
+    labels: tuple[str, ...] = ()
 
     def parts(self) -> Sequence[Method]:
-        return *super().parts(), _Classifier()
+        return *super().parts(), _Classifier(labels=self.labels)
+
+    def classes(self) -> tuple[str, ...]:
+        return self.labels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from deltatune.models.anatomy import parts
 class ParallelAdapter(Method):
     """`targets`: the modules whose output is added to. `input`: the modules whose input is read, before each target."""
 
+    lr: ClassVar[float] = 2e-4
     size: int = 512
     scale: float | Literal["learned"] = 4.0
     input: Select = None

@@ -32,7 +32,7 @@ class Pfeiffer(Method):
     """`size`: the bottleneck m. `targets`: the norms that end the blocks, or, where norms precede the sublayers, the
     blocks themselves."""
 
-    lr: ClassVar[float] = 1e-4
+    lr: ClassVar[float] = 2e-3
     size: int = 48
     init: NearIdentity | None = None
 

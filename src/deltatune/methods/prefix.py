@@ -29,7 +29,7 @@ class PrefixTuning(Method):
     dropout: of P_k and P_v in training.
     """
 
-    lr: ClassVar[float] = 5e-3
+    lr: ClassVar[float] = 2e-2
     length: int = 16
     hidden: int | None = None
     init: Literal["normal"] | tuple[int, ...] = "normal"

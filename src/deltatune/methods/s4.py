@@ -39,7 +39,7 @@ class S4(Method):
     """`budget`: parameters trained in each block or, below 1, the share of the base's that are trained in all.
     `strategies`: the components of each group. `groups`: the number of blocks in each, None for a spindle."""
 
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 5e-3
     budget: float = 0.005
     strategies: tuple[tuple[str, ...], ...] = (
         ("adapter", "lora"),

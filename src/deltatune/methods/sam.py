@@ -28,7 +28,7 @@ class SAM(Method):
     """`density`: the share of each tensor that is trained, none of a tensor of fewer than 1 / density elements;
     `samples`: the examples that stand for the whole set."""
 
-    lr: ClassVar[float] = 1e-4
+    lr: ClassVar[float] = 5e-3
     density: float = 0.005
     samples: int = 1024
 

@@ -26,7 +26,7 @@ class Sparse(Method):
     """`given`: the places in the flattened (out, in) weight of the modules whose path a pattern is, or ends; for all
     other modules `coordinates` says how they are chosen."""
 
-    lr: ClassVar[float] = 2e-3
+    lr: ClassVar[float] = 1e-2
     density: float = 0.005
     coordinates: Literal["random", "magnitude"] = "random"
     given: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

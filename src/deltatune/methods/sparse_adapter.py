@@ -37,7 +37,7 @@ class SparseAdapter(Method):
     """`inner`: the method that is pruned, which has the targets; `batches`: those that snip and grasp see. `std`: of
     projections that no init of `inner` draws; None: as `inner` draws them."""
 
-    lr: ClassVar[float] = 1e-4
+    lr: ClassVar[float] = 2e-3
     inner: Method = field(default_factory=Houlsby)
     density: float = 0.5
     score: Score = "snip"

@@ -22,6 +22,7 @@ from deltatune.models.anatomy import classifier
 class Tune(Method):
     """`labels`: the names of the classes that the trained head tells apart; () for those of the base."""
 
+    lr: ClassVar[float] = 2e-4
     usual = ("head",)
     at: ClassVar[tuple[str, ...]] = ("weight", "bias")
 

@@ -35,7 +35,7 @@ from deltatune.models.visible import Gate, Visible
 class UniPELT(PrefixTuning):
     """`length`, `hidden`, `init` and `dropout` are `PrefixTuning`'s; `r` is LoRA's, `size` the adapters' m."""
 
-    lr: ClassVar[float] = 5e-4
+    lr: ClassVar[float] = 1e-3
     length: int = 10
     hidden: int | None = 512
     r: int = 8

@@ -27,7 +27,7 @@ class VeRA(Method):
     """A and B are stored as `seed`, which gives the same numbers on every machine; `save_projection` writes them as
     tensors too, which an adapter with A and B from elsewhere needs."""
 
-    lr: ClassVar[float] = 4e-3
+    lr: ClassVar[float] = 5e-2
     r: int = 256
     d_initial: float = 0.1
     dropout: float = 0.0

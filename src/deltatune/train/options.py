@@ -18,7 +18,7 @@ from deltatune.train.recompute import Recompute
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 TOKENS_PER_STEP = 8192
-FULL_LR = 2e-5  # of training every weight of the base
+FULL_LR = 1e-4  # of training every weight of the base
 SHARE = 10  # evaluations and checkpoints in a run, where no interval is given
 
 
@@ -32,7 +32,7 @@ class TrainOptions(BaseModel):
     max_steps: Count | None = None
     """Optimizer steps, in place of `epochs`."""
     lr: Annotated[float, Field(gt=0)] | None = None
-    """By default the one that suits the method, its `lr`; of several methods that of the first; of `full` 2e-5."""
+    """By default the one that suits the method, its `lr`; of several methods that of the first; of `full` 1e-4."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: int | float = 0.03
     """A whole number: steps. A fraction below 1: that share of all steps, rounded up."""

@@ -309,11 +309,15 @@ def _length(asked: int | None, config: Any, tokenizer: PreTrainedTokenizerBase) 
 def _with_head(method: Method, labels: Sequence[str]) -> Method:
     """With a head for these labels, which starts untrained."""
     members = list(method.methods) if isinstance(method, Union) else [method]
-    head = next((m for m in members if isinstance(m, Tune) and m.targets in (None, Part("head"))), None)
+    head = next((m for m in members if _has_head(m)), None)
     if head is None:
         return Union(methods=(*members, Tune(targets=Part("head"), labels=tuple(labels))))
-    made = tuple(replace(m, labels=tuple(labels)) if m is head else m for m in members)
+    made = tuple(replace(m, labels=tuple(labels)) if m is head else m for m in members)  # type: ignore[call-arg]
     return made[0] if len(made) == 1 else Union(methods=made)
+
+
+def _has_head(method: Method) -> bool:
+    return hasattr(method, "labels") and (not isinstance(method, Tune) or method.targets in (None, Part("head")))
 
 
 def _with_fresh(method: Method, model: Any) -> Method:
