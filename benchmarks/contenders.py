@@ -222,7 +222,7 @@ def nothing_shared() -> Iterator[None]:
 
 def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str = "blocks",
          without: tuple[Callable[[], Any], ...] = (), method: dt.Method | None = LORA, micro: int = TOKENS,
-         **options: Any) -> dict[str, Any]:  # fmt: skip
+         lr: float = LR, **options: Any) -> dict[str, Any]:  # fmt: skip
     """`method`: None for full fine-tuning. `micro`: tokens of a forward pass; a step is always `TOKENS`."""
     model = base()
     full = method is None
@@ -232,11 +232,11 @@ def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str =
     how: dict[str, Any] = {"pad": tokenizer.pad_token_id or 0}
     if packed == "none":
         batches = Batches(examples, batch_size=ROWS, **how)
-        told = TrainOptions(batch_size=ROWS, epochs=50, lr=LR)
+        told = TrainOptions(batch_size=ROWS, epochs=50, lr=lr)
     else:
         batches = Batches(examples, tokens_per_batch=micro, packing=packed != "padded", max_length=MAX_LENGTH,
                           blocked=packed == "blocks", **how)  # fmt: skip
-        told = TrainOptions(tokens_per_step=TOKENS, tokens_per_batch=micro, epochs=50, lr=LR, **options)
+        told = TrainOptions(tokens_per_step=TOKENS, tokens_per_batch=micro, epochs=50, lr=lr, **options)
     seen: list[int] = []
     computed: list[tuple[int, int, int]] = []
     collate = batches._collate
@@ -326,7 +326,7 @@ MADE: dict[str, Callable[[], dt.Method]] = {
     "LadderSideTuning": dt.LadderSideTuning,
 }
 METHODS: dict[str, Callable[..., Any]] = {
-    f"method {name}": partial(lambda make, *a: ours(*a, packed="padded", method=make()), make)
+    f"method {name}": partial(lambda make, *a: ours(*a, packed="padded", method=make(), lr=make().lr), make)
     for name, make in MADE.items()
 }
 STACKS |= METHODS

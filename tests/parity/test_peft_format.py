@@ -11,6 +11,7 @@ from peft_pairs import base, close, config_of, edit, from_peft, outputs, saved, 
 from torch import nn
 
 import deltatune as dt
+from deltatune.interop.peft_format_common import _aliases
 from deltatune.models.tiny import inputs
 
 FAMILIES = ["llama", "gpt2", "bloom", "bert", "t5", "opt"]
@@ -266,3 +267,12 @@ def test_the_file_is_plain_json_with_whole_numbers_for_alpha(tmp_path):
     dt.attach(base("llama"), dt.LoRA(r=6, alpha=7, scaling="alpha/sqrt(r)")).save(tmp_path)
     text = (tmp_path / "adapter_config.json").read_text()
     assert json.loads(text)["lora_alpha"] == 7 and '"lora_alpha": 7,' in text
+
+
+def test_reading_a_file_does_not_walk_through_the_adapters_that_are_there(tmp_path):
+    model = base("llama")
+    before = dict(_aliases(model))
+    for i in range(3):
+        dt.attach(model, dt.LoRA(r=2), f"a{i}")
+    assert dict(_aliases(model)) == before
+    assert {*model.named_modules(remove_duplicate=False)} > before.items()

@@ -168,13 +168,13 @@ def test_the_base_itself_and_every_weight(recipe: Recipe, tmp_path: Path, monkey
     assert base.eval_loss == pytest.approx(evaluate(model, held_out)["eval_loss"], abs=1e-5)
     assert base.trained is None and base.file is None
     text = compare_table.markdown(rows, "")
-    assert re.search(r"\| base \|  \| \d", text) and "| full | 2e-05 |" in text
+    assert re.search(r"\| base \|  \| \d", text) and "| full | 0.0001 |" in text
 
 
 def test_several_learning_rates_of_which_the_best_is_shown(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_apart", without_a_process)
     wanted = entrants(["base", "LoRA"], (1.0, 100.0))
-    assert [e.folder for e in wanted] == ["base", "LoRA", "LoRA-lr0.02"] and wanted[2].lr == pytest.approx(2e-2)
+    assert [e.folder for e in wanted] == ["base", "LoRA", "LoRA-lr0.1"] and wanted[2].lr == pytest.approx(0.1)
     rows = compare(recipe, wanted, Budget(steps=6), tmp_path / "compare")
     loras = [row for row in rows if row.method == "LoRA"]
     assert [row.lr for row in loras] == [pytest.approx(2e-2), pytest.approx(2e-4)]  # six steps: the larger goes further

@@ -50,7 +50,8 @@ def _key(name: str) -> str:
 
 
 def describe(cls: type) -> dict[str, Any]:
-    """Name, kind, paper, text, options; for a method what it trains on `REFERENCE`, and whether it can be merged."""
+    """Name, kind, paper, text, options; of a method its learning rate, what it trains on `REFERENCE`, and whether it
+    can be merged."""
     paper = inspect.getdoc(sys.modules[cls.__module__]) or ""
     own = inspect.getdoc(cls) if "__doc__" in vars(cls) else None
     generated = own is None or own.startswith(f"{cls.__name__}(")  # what dataclasses write
@@ -61,7 +62,7 @@ def describe(cls: type) -> dict[str, Any]:
         "text": "\n\n".join(filter(None, [paper, "" if generated else own])),
         "options": _options(cls),
     }
-    return found | (measure(cls) if issubclass(cls, Method) else {})
+    return found | ({"lr": cls.lr} | measure(cls) if issubclass(cls, Method) else {})
 
 
 def _options(cls: type) -> list[dict[str, Any]]:
@@ -123,6 +124,8 @@ def _explain(row: dict[str, Any]) -> None:
     if row.get("trained") is not None:
         merges = "can be merged" if row["mergeable"] else "cannot be merged"
         console.print(Text(f"{row['trained']:,} trained parameters on {REFERENCE}; {merges}\n"))
+    if "lr" in row:
+        console.print(Text(f"Trains at a learning rate of {row['lr']:g} where the recipe says no other\n"))
     table = Table("option", "default", "type", box=None, header_style="bold")
     for option in row["options"]:
         default = "(required)" if option["required"] else option["default"]

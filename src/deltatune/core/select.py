@@ -173,7 +173,10 @@ def _heads(model: nn.Module, select: Select) -> Callable[[Match], bool]:
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         return lambda match: select == "all-linear" and match.module is output
-    head = _PARTS[0](model).get("head")
+    try:
+        head = _PARTS[0](model).get("head")
+    except DeltatuneError:  # an architecture of the user's own
+        head = r"score|classifier|classification_head|lm_head|qa_outputs"
     return lambda match: isinstance(head, str) and re.fullmatch(head, match.path) is not None
 
 

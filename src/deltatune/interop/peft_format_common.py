@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltatune.core import DeltatuneError, Intervention, Method, Union, resolve
 from deltatune.core.method import matching
-from deltatune.core.select import walk
+from deltatune.core.select import SLOT, walk
 from deltatune.storage import layers
 
 PREFIX, WRAPPER = "base_model.model.", "base_model."
@@ -70,14 +70,22 @@ def assemble(pieces: Sequence[Piece]) -> tuple[Method, Tensors]:
     return (methods[0] if len(methods) == 1 else Union(methods=methods)), tensors
 
 
+def _aliases(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every name of every module of the base, a shared one's too; adapters, of which there may be thousands, are not
+    entered."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and name != SLOT:
+            yield from _aliases(child, f"{path}.{name}".lstrip("."))
+
+
 class Stored:
     """The tensors of a file, taken out by the name that ends their key; what is left over is an error."""
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor], prefix: str = PREFIX) -> None:
-        by_module = {module: path for path, module in walk(model)}
-        named = model.named_modules(remove_duplicate=False)
-        self.canonical = {alias: by_module[module] for alias, module in named if module in by_module}
         self.modules = dict(walk(model))
+        by_module = {module: path for path, module in self.modules.items()}
+        self.canonical = {alias: by_module[module] for alias, module in _aliases(model)}
         self.left = {key.removeprefix(prefix): t for key, t in tensors.items()}
         self._model = model
 

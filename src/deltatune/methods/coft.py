@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +24,9 @@ from deltatune.methods.oft import OFT, Rotation
 
 @dataclass(frozen=True, kw_only=True)
 class COFT(OFT):
-    """`eps`: the paper takes 6e-5 for DreamBooth and 1e-3 for controllable generation."""
+    """`eps`: the paper takes 6e-5 for DreamBooth and 1e-3 for controllable generation; language models hardly move."""
 
-    lr: ClassVar[float] = 5e-2
-    eps: float = 1e-3
+    eps: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
