@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from deltatune.methods.oft import OFT, Rotation
 class COFT(OFT):
     """`eps`: the paper takes 6e-5 for DreamBooth and 1e-3 for controllable generation; language models hardly move."""
 
+    lr: ClassVar[float] = 1e-2
     eps: float = 0.1
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ class PTuningV2(PrefixTuning):
     """`length` and learning rate are what to search: short prompts for simple tasks, long ones for tagging and reading
     (8 to 128 in the paper's recipes). `labels`: of the head's classes, as `Tune`'s; () for the base's."""
 
-    lr: ClassVar[float] = 7e-3
+    lr: ClassVar[float] = 3e-2
     dropout: float = 0.1
     labels: tuple[str, ...] = ()
 
