@@ -1,4 +1,4 @@
-"""The learning rate of every method, searched: the defaults of `deltatune compare` come from here.
+"""The learning rate of every method, searched: see `benchmarks/rates.md`.
 
     python benchmarks/search.py trec.yaml rates.jsonl --steps 60 [--methods all] [--share 0/2]
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from deltatune.core import DeltatuneError
 from deltatune.train.compare import Budget, recipe_for, train_one, untrained
-from deltatune.train.entrants import BASE, entrants, methods
+from deltatune.train.entrants import BASE, entrants, methods, rate
 from deltatune.train.recipe import Recipe
 
 HALF_DECADES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -101,12 +101,14 @@ def chosen(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    rows = ["| method | rate | loss | accuracy | tried: rate loss |", "|---|---|---|---|---|"]
+    rows = ["| method | default | best | loss | accuracy | trials: rate loss |", "|---|---|---|---|---|---|"]
     for name, line in chosen(lines).items():
-        tried = sorted((t for t in lines if t["method"] == name), key=lambda t: t.get("lr") or 0)
-        told = ", ".join(f"{t['lr']:.3g} {t['eval_loss']:.3f}" for t in tried if t.get("eval_loss") is not None)
-        accuracy = "" if line.get("eval_accuracy") is None else f"{line['eval_accuracy']:.1%}"
-        rows.append(f"| {name} | {line.get('lr', 0):.3g} | {line['eval_loss']:.3f} | {accuracy} | {told} |")
+        tried = [t for t in lines if t["method"] == name and t.get("eval_loss") is not None]
+        told = {f"{t['lr']:.2g} {t['eval_loss']:.2f}": None for t in sorted(tried, key=lambda t: t.get("lr") or 0)}
+        rates = ("", "", "") if name == BASE else (f"{rate(name):.2g}", f"{line['lr']:.2g}", ", ".join(told))
+        accuracy = "" if line.get("eval_accuracy") is None else f"{line['eval_accuracy']:.0%}"
+        cells = (name, *rates[:2], f"{line['eval_loss']:.2f}", accuracy, rates[2])
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

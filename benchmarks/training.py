@@ -82,7 +82,7 @@ def table(found: dict[str, dict[str, Any]]) -> None:
     tutorial = found.get("tutorial")
     best = max((found[n] for n in REFERENCES if n in found), key=lambda f: f["rate"], default=None)
     plain = found.get("plain")
-    heads = ("stack", "runs, tokens/s", "tokens/s", "GiB above the weights", "/ tutorial", "/ best reference", 
+    heads = ("stack", "runs, tokens/s", "tokens/s", "GiB above the weights", "/ tutorial", "/ best reference",
              "/ plain", "share of ceiling")  # fmt: skip
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for name, one in found.items():

@@ -103,10 +103,9 @@ class _Trainer:
     def __init__(self, model: nn.Module, adapter: Adapter | None, batches: Batches, eval_batches: Batches | None,
                  options: TrainOptions, callbacks: Sequence[Callback], output: Path | None, resume: bool,
                  report: Report | None, stack: ExitStack) -> None:  # fmt: skip
-        options = options.rated(None if adapter is None else adapter.method)
         options.check(evaluates=eval_batches is not None, output=output)
         self.model, self.adapter, self.batches, self.held_out = model, adapter, batches, eval_batches
-        self.options, self.output, self.report = options, output, report
+        self.options, self.output, self.report = options.rated(adapter.method if adapter else None), output, report
         self.checkpoints = None if output is None else Checkpoints(output)
         last = self._last(resume)
         self.processes = Processes()
@@ -261,7 +260,7 @@ class _Trainer:
         groups: Groups = [{"params": trained, "lr": options.lr, "weight_decay": options.weight_decay}]
         for events in self.events:
             groups = events.param_groups(groups)
-        groups = [{**g, "initial_lr": g.get("lr", options.lr)} for g in groups if g["params"]]
+        groups = [{"lr": options.lr, **g, "initial_lr": g.get("lr", options.lr)} for g in groups if g["params"]]
         return optimizer.make(groups, options, self.device)
 
     def _parameters(self) -> Iterator[nn.Parameter]:

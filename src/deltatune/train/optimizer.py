@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ SMALL, BLOCK = 4096, 256  # values: of a parameter that keeps fp32 moments, and 
 
 
 def make(groups: Groups, options: TrainOptions, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `options` name. Raises DeltatuneError when its library is missing."""
-    how = {"betas": options.betas, "eps": options.eps} | ({} if options.lr is None else {"lr": options.lr})
+    """The optimizer that `options` name; groups have their `lr`. Raises DeltatuneError when its library is missing."""
+    how: dict[str, Any] = {"betas": options.betas, "eps": options.eps}
     if options.optimizer == "adamw":
         floats = all(p.is_floating_point() for g in groups for p in g["params"])
         return torch.optim.AdamW(groups, fused=floats and device.type in ("cuda", "cpu"), **how)  # type: ignore[arg-type]
