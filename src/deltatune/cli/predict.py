@@ -6,21 +6,18 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-import deltatune.interop  # noqa: F401  teaches `load` PEFT's format
 from deltatune.cli import session as shared
-from deltatune.cli.session import base_of, named
-from deltatune.core import DeltatuneError, load, using
+from deltatune.cli.session import named, opened
+from deltatune.core import DeltatuneError, adapters, using
 from deltatune.core.adapter import write_atomically
 from deltatune.data.formats import FORMATS
 from deltatune.data.readers import Problems, read
-from deltatune.models.loading import load_base, load_tokenizer
 from deltatune.serve import Prediction, classify
-from deltatune.train.merged import TASKS, quantised
+from deltatune.train.merged import TASKS
 
 Row = dict[str, Any]
 
@@ -48,20 +45,14 @@ def command(
     asked = [{"text": t} for t in text or []] if file is None else read_rows(file, task)
     if text and task == "tagging":
         asked = [{"tokens": t.split()} for t in text]
-    saved = list(folders.values())
-    base = base or base_of(saved)
-    tokenizer = load_tokenizer(base, saved)
-    model = load_base(base, task, dtype=dtype, quantize=quantised(saved))
-    if not getattr(model, "is_quantized", False):
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    model, tokenizer = opened(base, folders, task, dtype=dtype)
     length = max_length or min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 20))
     rows: list[Row] = []
-    for name, folder in folders.items():
-        load(model, folder, name)
+    given = [_given(row, task) for row in asked]
+    for name, one in adapters(model).items():
         with using(model, name):
-            found = list(classify(model, tokenizer, [_given(row, task) for row in asked], batch_size=batch_size,
-                                  max_length=length))  # fmt: skip
-        rows += [_predicted(row, name, one, task) for row, one in zip(asked, found, strict=True)]
+            found = list(classify(model, tokenizer, given, labels=one.labels, batch_size=batch_size, max_length=length))
+        rows += [_predicted(row, name, told, task) for row, told in zip(asked, found, strict=True)]
     _show(rows, task, output, as_json)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,22 +115,29 @@ def open_session(base: str | None, adapters: Sequence[str] | None, *, template: 
     if proxy_adapter is None and (lone := next((name for name, value in given.items() if value is not None), None)):
         raise DeltatuneError(f"{lone} needs --proxy-adapter, a small base's adapter that tunes this base by proxy")
     pairs = named(adapters or [])
-    folders = list(pairs.values())
-    base = base or base_of(folders)
-    tokenizer = load_tokenizer(base, folders)
-    model = load_base(base, dtype=dtype, quantize=quantised(folders))
-    if (room := len(model.get_input_embeddings().weight)) < len(tokenizer):  # type: ignore[arg-type]
-        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {room}"
-        raise DeltatuneError(f"base: {base}: {sizes}; they do not belong together")
-    if not getattr(model, "is_quantized", False):  # which is where it was loaded
-        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    for name, folder in pairs.items():
-        load(model, folder, name)
+    model, tokenizer = opened(base, pairs, dtype=dtype)
     small = None
     if proxy_adapter is not None:
         small = open_session(proxy, [proxy_adapter], template=proxy_template, dtype=dtype)
     resolved = resolve(template, tokenizer)
     return Session(model, tokenizer, resolved, list(pairs), small, 1.0 if alpha is None else alpha)
+
+
+def opened(base: str | None, folders: Mapping[str, Path], task: str | None = None, *, dtype: str = "auto"
+           ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:  # fmt: skip
+    """The base, by default the adapters' own, with the head for `task` and every adapter on it, and its tokenizer."""
+    saved = list(folders.values())
+    base = base or base_of(saved)
+    tokenizer = load_tokenizer(base, saved)
+    model = load_base(base, task, dtype=dtype, quantize=quantised(saved))
+    if (room := len(model.get_input_embeddings().weight)) < len(tokenizer):  # type: ignore[arg-type]
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, the model {room}"
+        raise DeltatuneError(f"base: {base}: {sizes}; they do not belong together")
+    if not getattr(model, "is_quantized", False):  # which is where it was loaded
+        model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    for name, folder in folders.items():
+        load(model, folder, name)
+    return model, tokenizer
 
 
 def named(adapters: Sequence[str]) -> dict[str, Path]:

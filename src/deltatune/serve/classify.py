@@ -25,10 +25,13 @@ class Prediction:
 
 @torch.no_grad()
 def classify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Given], *,
-             batch_size: int = 32, max_length: int | None = None) -> Iterator[Prediction]:  # fmt: skip
+             labels: Sequence[str] = (), batch_size: int = 32, max_length: int | None = None
+             ) -> Iterator[Prediction]:  # fmt: skip
     """Of each of `texts`, in order, under the adapter that is active: a text or a pair of texts for a model that
     classifies sequences, a list of words for one that classifies tokens.
 
+    labels: the names of the classes, by default those of the model's configuration. `activate` writes an adapter's
+    there; `using`, which holds for one thread alone, does not: inside it give `adapters(model)[name].labels`.
     max_length: longer ones are cut, in tokens. A word that is cut off has tag None. Raises DeltatuneError for a model
     without classes."""
     kind = type(model).__name__
@@ -39,7 +42,7 @@ def classify(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: 
         raise DeltatuneError("tagging needs a fast tokenizer: a slow one cannot say which word a token came from")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    names: Any = model.config.id2label
+    names: Any = labels or model.config.id2label
     training = model.training
     model.eval()
     try:
