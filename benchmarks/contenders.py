@@ -192,18 +192,18 @@ def plain_linears() -> Iterator[None]:
         yield
 
 
+def whole(model: Any, batch: Batch, task: str, passes: int = 1) -> loss.Outcome:
+    """The loss as a model computes it: logits of every position."""
+    wanted = loss.targets(batch, "causal")
+    with loss.layout(batch.blocks):
+        logits = model(**batch.inputs).logits.float()
+    total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
+    return loss.Outcome(total, int((wanted != -100).sum()), torch.zeros(()))
+
+
 @contextmanager
 def whole_logits() -> Iterator[None]:
-    """The loss as a model computes it: logits of every position."""
-
-    def outcome(model: Any, batch: Batch, task: str, passes: int = 1) -> Any:
-        wanted = loss.targets(batch, "causal")
-        with loss.layout(batch.blocks):
-            logits = model(**batch.inputs).logits.float()
-        total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
-        return loss.Outcome(total, int((wanted != -100).sum()), torch.zeros(()))
-
-    with mock.patch("deltatune.train.loop.outcome", outcome):
+    with mock.patch("deltatune.train.loop.outcome", whole):
         yield
 
 

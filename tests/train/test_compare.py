@@ -224,7 +224,8 @@ def test_a_process_that_is_killed_is_a_line_too(
 
 def rows() -> list[Row]:
     one = Row("LoRA", 2e-4, "k", None, 1.5, None, 1000, 4096, 900.0, 2**28, True, 10, 5000, 5.5)
-    return [one, dataclasses.replace(one, method="Prompt|Tuning", eval_loss=1.25, trained=40, merges=False),
+    return [one, dataclasses.replace(one, method="Prompt|Tuning", eval_loss=1.25, trained=40, merges=False,
+                                     tokens_per_second=600.0),
             Row("BitFit", 1e-3, "k", "no bias")]  # fmt: skip
 
 
@@ -236,7 +237,8 @@ def test_tables_and_the_order_in_them(tmp_path: Path) -> None:
     written = compare_table.write(best, tmp_path, "a title")
     assert [path.name for path in written] == ["compare.csv", "compare.md", "compare.png"]
     text = (tmp_path / "compare.md").read_text()
-    assert "| Prompt\\|Tuning | 0.0002 | 1.2500 | 40 | 4.0 KiB | 900 | 256.0 MiB | no | 10 | 5.5 s |" in text
+    assert "| Prompt\\|Tuning | 0.0002 | 1.2500 | 40 | 4.0 KiB | 600 | 1.50 | 256.0 MiB | no | 10 | 5.5 s |" in text
+    assert "| 900 | 1.00 | 256.0 MiB |" in text and "time / LoRA" not in compare_table.markdown([best[0]], "")
     assert "accuracy" not in text and "- BitFit: no bias" in text
     with (tmp_path / "compare.csv").open() as file:
         found = list(csv.DictReader(file))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deltatune.core import Callback, DeltatuneError, Events, Run
 
 Loss = Callable[[], Tensor]
+Add = Callable[[Tensor, Tensor], Any]
 Units = Sequence[Any]  # with `size`, `chosen`, `watch`, `values` and `move_to`: see `methods.coordinates`
 
 
@@ -145,30 +146,31 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
 
 class _Watch:
-    """Gives a unit its weight as a leaf, and adds `term(dL/dW')` to `total` (size,) when the gradient is there."""
+    """Gives a unit its W' as a leaf, and adds to `total` (size,) by `add(total, dL/dW')` when the gradient is there."""
 
-    def __init__(self, total: Tensor, term: Callable[[Tensor], Tensor]) -> None:
-        self.total, self.term, self.leaf = total, term, None  # type: tuple[Tensor, Any, Tensor | None]
+    def __init__(self, total: Tensor, add: Add) -> None:
+        self.total, self.add, self.leaf = total, add, None  # type: tuple[Tensor, Add, Tensor | None]
 
-    def __call__(self, w: Tensor) -> Tensor:
+    def __call__(self, made: Callable[[], Tensor]) -> Tensor:
         if self.leaf is None:  # one for all calls of the module, whose gradients add up before the hook
-            self.leaf = w.detach().requires_grad_()
+            self.leaf = made().detach().requires_grad_()
             self.leaf.register_post_accumulate_grad_hook(self._take)
         return self.leaf
 
     def _take(self, leaf: Tensor) -> None:
         assert leaf.grad is not None
-        self.total += self.term(leaf.grad.to(self.total)).flatten()
+        self.add(self.total, leaf.grad.to(self.total).flatten())
         leaf.grad = None
 
 
-def total_over(run: Run, units: Units, losses: Iterable[Loss], term: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """The sum over the losses of `term(dL/dW')`, (size,) for each unit. No parameter's `grad` is touched."""
+def total_over(run: Run, units: Units, losses: Iterable[Loss], add: Add) -> list[Tensor]:
+    """What `add(total, dL/dW')`, in place, makes of zeros over the losses, (size,) for each unit. No parameter's `grad`
+    is touched."""
     wide = torch.promote_types(units[0].values.dtype, torch.float32)
     totals = [torch.zeros(u.size, dtype=wide, device=u.values.device) for u in units]
     try:
         for unit, total in zip(units, totals, strict=True):
-            unit.watch = _Watch(total, term)
+            unit.watch = _Watch(total, add)
         with at_rest(run.model), torch.enable_grad():
             for loss in losses:
                 value = loss()
@@ -180,6 +182,11 @@ def total_over(run: Run, units: Units, losses: Iterable[Loss], term: Callable[[T
         for unit in units:
             unit.watch = None
     return totals
+
+
+def squares(total: Tensor, gradient: Tensor) -> Tensor:
+    """Fisher's diagonal, times the number of examples: the sum of squared gradients."""
+    return total.addcmul_(gradient, gradient)
 
 
 def best(scores: Sequence[Tensor], k: int) -> list[Tensor]:

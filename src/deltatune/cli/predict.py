@@ -12,11 +12,11 @@ from rich.table import Table
 
 from deltatune.cli import session as shared
 from deltatune.cli.session import named, opened
-from deltatune.core import DeltatuneError, adapters, using
+from deltatune.core import DeltatuneError, adapters
 from deltatune.core.adapter import write_atomically
 from deltatune.data.formats import FORMATS
 from deltatune.data.readers import Problems, read
-from deltatune.serve import Prediction, classify
+from deltatune.serve import Prediction, classify_each
 from deltatune.train.merged import TASKS
 
 Row = dict[str, Any]
@@ -49,10 +49,10 @@ def command(
     length = max_length or min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 1 << 20))
     rows: list[Row] = []
     given = [_given(row, task) for row in asked]
-    for name, one in adapters(model).items():
-        with using(model, name):
-            found = list(classify(model, tokenizer, given, labels=one.labels, batch_size=batch_size, max_length=length))
-        rows += [_predicted(row, name, told, task) for row, told in zip(asked, found, strict=True)]
+    names = list(adapters(model))
+    found = list(classify_each(model, tokenizer, given, names, batch_size=batch_size, max_length=length))
+    for name in names:
+        rows += [_predicted(row, name, told[name], task) for row, told in zip(asked, found, strict=True)]
     _show(rows, task, output, as_json)
 
 

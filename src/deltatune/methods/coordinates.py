@@ -22,7 +22,7 @@ class Coordinates(Delta):
     """`indices` (k,): places in the flattened weight; `values` (k,): what is added there, zero at first.
 
     `chosen`: whether the places are those that `method` asks for; until data was seen they are spread evenly.
-    `watch`: sees the weight on its way in, so that somebody can ask for its dense gradient."""
+    `watch`: stands in for W', which it is given a way to make, so that somebody can ask for its dense gradient."""
 
     indices: Tensor
     chosen: Tensor
@@ -31,7 +31,7 @@ class Coordinates(Delta):
     def __init__(self, site: Site, k: int, method: Method) -> None:
         super().__init__()
         self.size, self.method = elements(site), method
-        self.watch: Callable[[Tensor], Tensor] | None = None
+        self.watch: Callable[[Callable[[], Tensor]], Tensor] | None = None
         self.values = nn.Parameter(torch.zeros(k, **site.like))
         spread = torch.arange(k, device=site.device) * self.size // max(k, 1)
         self.register_buffer("indices", spread.int() if self.size < 2**31 else spread)
@@ -58,15 +58,16 @@ class Coordinates(Delta):
         return self.indices
 
     def weight(self, w: Tensor) -> Tensor:
-        v, w = self.difference(), w if self.watch is None else self.watch(w)
+        v = self.difference()
+        if self.watch is not None:
+            return self.watch(lambda: _added(w, v, self.places()) if v.any() else w)
         wide = torch.promote_types(w.dtype, v.dtype)
         return w.to(wide).reshape(-1).index_add(0, self.places(), v.to(wide)).view(w.shape)
 
     def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not call.is_linear:
+        if not call.is_linear or self.watch is not None:
             return super().forward(call, x, *args, **kwargs)
-        w = call.weight if self.watch is None else self.watch(call.weight)
-        return _Linear.apply(x, w, call.bias, self.difference(), self.places())
+        return _Linear.apply(x, call.weight, call.bias, self.difference(), self.places())
 
 
 class _Linear(torch.autograd.Function):

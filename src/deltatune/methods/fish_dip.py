@@ -19,7 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from deltatune.callbacks.selection import Selection, Units, best, forget, hardest, is_chosen, number, settle, total_over
+from deltatune.callbacks.selection import (
+    Selection, Units, best, forget, hardest, is_chosen, number, settle, squares, total_over,
+)  # fmt: skip
 from deltatune.core import Callback, DeltatuneError, Events, Method, Run, Site
 from deltatune.methods.coordinates import Budget, Coordinates, check_share
 
@@ -102,6 +104,6 @@ class _Refreshes(Events):
             self._refresh(run)
 
     def _refresh(self, run: Run) -> None:
-        fisher = total_over(run, self.units, hardest(run, self.method.hardest), Tensor.square)
+        fisher = total_over(run, self.units, hardest(run, self.method.hardest), squares)
         settle(self.units, best(fisher, number(self.units, self.method.density)))
         forget(run, [u.values for u in self.units])

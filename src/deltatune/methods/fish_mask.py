@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from deltatune.callbacks.selection import Once, Selection, Units, best, examples, number, total_over
+from deltatune.callbacks.selection import Once, Selection, Units, best, examples, number, squares, total_over
 from deltatune.core import Callback, DeltatuneError, Method, Run, Site
 from deltatune.methods.coordinates import Budget, Coordinates, check_share
 
@@ -51,5 +51,5 @@ class FishMask(Method):
         return Once(units, self.choose)
 
     def choose(self, run: Run, units: Units) -> list[Tensor]:
-        fisher = total_over(run, units, islice(examples(run), self.samples), Tensor.square)
+        fisher = total_over(run, units, islice(examples(run), self.samples), squares)
         return best(fisher, number(units, self.density))

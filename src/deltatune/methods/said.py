@@ -28,7 +28,7 @@ from deltatune.inits.seeded import normal, permutation, place, signs
 class SAID(Method):
     """`d`: the number of trained values, one scale a site included. Sites are weights; the paper's are all tensors."""
 
-    lr: ClassVar[float] = 1e-2
+    lr: ClassVar[float] = 3e-3
     d: int = 20_000
     seed: int = 0
 

@@ -54,5 +54,5 @@ class SAM(Method):
         return Once(units, self.choose)
 
     def choose(self, run: Run, units: Units) -> list[Tensor]:
-        whole = total_over(run, units, islice(examples(run), self.samples), lambda g: g)
+        whole = total_over(run, units, islice(examples(run), self.samples), Tensor.add_)
         return [g.abs().topk(int(self.density * len(g))).indices.sort().values for g in whole]

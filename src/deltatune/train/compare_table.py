@@ -14,6 +14,7 @@ from deltatune.train.compare import Row, best
 
 Cell = Callable[[Any], str]
 _MERGES, _APART = "#1f5c99", "#d1672c"  # colours
+_OVERHEAD = "time per token over that of LoRA"  # where the comparison has LoRA
 
 
 def _size(n: int) -> str:
@@ -28,6 +29,7 @@ _COLUMNS: tuple[tuple[str, str, Cell], ...] = (
     ("trained", "trained", "{:,}".format),
     ("file", "file", _size),
     ("tokens_per_second", "tokens/s", "{:,.0f}".format),
+    (_OVERHEAD, "time / LoRA", "{:.2f}".format),
     ("peak", "memory", _size),
     ("merges", "merges", {True: "yes", False: "no"}.__getitem__),
     ("steps", "steps", "{:,}".format),
@@ -39,9 +41,16 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """(titles, cells of the finished rows); columns that no row has are left out."""
     # the base untrained has no learning rate
     finished = [row if row.trained else dataclasses.replace(row, lr=None) for row in rows if row.failed is None]
-    columns = [c for c in _COLUMNS if any(getattr(row, c[0]) is not None for row in finished)]
+    lora = next((row.tokens_per_second for row in finished if row.method == "LoRA"), None)
+
+    def value(row: Row, name: str) -> Any:
+        if name != _OVERHEAD:
+            return getattr(row, name)
+        return lora / row.tokens_per_second if lora and row.tokens_per_second else None
+
+    columns = [c for c in _COLUMNS if any(value(row, c[0]) is not None for row in finished)]
     cells = [
-        [row.method, *("" if (v := getattr(row, n)) is None else form(v) for n, _, form in columns)] for row in finished
+        [row.method, *("" if (v := value(row, n)) is None else form(v) for n, _, form in columns)] for row in finished
     ]
     return ["method", *(title for _, title, _ in columns)], cells
 
