@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contenders import LORA, MAX_LENGTH, TOKENS, base, nothing_shared, plain_blocks, plain_linears, rows, whole
+from contenders import LORA, MAX_LENGTH, TOKENS, base, nothing_shared, plain_linears, rows, whole
 
 import deltatune as dt
 from deltatune.data import Example, packing

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.callbacks.selection import (
-    Selection, Units, best, forget, hardest, is_chosen, number, settle, squares, total_over,
+    Selection,
+    Units,
+    best,
+    forget,
+    hardest,
+    is_chosen,
+    number,
+    settle,
+    squares,
+    total_over,
 )  # fmt: skip
 from deltatune.core import Callback, DeltatuneError, Events, Method, Run, Site
 from deltatune.methods.coordinates import Budget, Coordinates, check_share
