@@ -112,6 +112,23 @@ def test_rows_of_one_batch_name_their_adapters(one: str, other: str, family: str
             torch.testing.assert_close(p.grad, g, atol=1e-4 * g.abs().max().item() + 1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("first", ("ladder", "prompt"))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "bert"))
+@torch.no_grad()
+def test_rows_under_a_prompt_may_come_first_or_last(family: str, first: str) -> None:
+    model = build(family)
+    for name, method in (("ladder", METHODS["ladder"]), ("prompt", dt.PromptTuning(length=3))):
+        perturb(dt.attach(model, method, name), size=0.1)
+    batch = inputs(model, batch=3)
+    names = [first, None, {"ladder": "prompt", "prompt": "ladder"}[first]]
+    with dt.using(model, router=dt.PerRow(names)):
+        mixed = model(**batch).logits
+    for i, name in enumerate(names):
+        with dt.using(model, *([name] if name else [])):
+            want = model(**batch).logits[i]
+        near(mixed[i, -len(want) :], want)
+
+
 @pytest.mark.parametrize("family", ("llama", "bloom", "t5"))
 @torch.no_grad()
 def test_rows_generate_under_their_own_ladders(family: str) -> None:

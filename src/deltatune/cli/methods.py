@@ -32,7 +32,8 @@ def command(
         found = describe(_find(name, classes))
         typer.echo(json.dumps(found, indent=2)) if as_json else _explain(found)
         return
-    rows = [describe(c) for c in classes.values()]
+    with Console(stderr=True).status(f"counting what each trains on {REFERENCE}"):
+        rows = [describe(c) for c in classes.values()]
     typer.echo(json.dumps(rows, indent=2)) if as_json else _list(rows)
 
 

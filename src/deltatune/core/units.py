@@ -28,6 +28,7 @@ class Intervention(nn.Module):
 
     roles: ClassVar[Mapping[str, str]] = {}  # parameter name -> role ("down", "up", "scale", "gate", ...)
     grows: ClassVar[tuple[str, ...]] = ()  # tensors that training may add, remove and resize
+    lengthens: ClassVar[bool] = False  # whether rows get tokens from it; other rows' units at its module are inside it
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError

@@ -201,6 +201,8 @@ class Vectors(Intervention):
 class Prompt(Vectors):
     """Vectors before a backbone's tokens. With none, only the positions of its tokens come from the mask."""
 
+    lengthens = True
+
     def __init__(self, at: Layout, start: Tensor | nn.Module | None = None) -> None:
         super().__init__(start)
         self.at = at
