@@ -106,9 +106,9 @@ def test_gates_far_open_are_fine_tuning_and_far_shut_the_base() -> None:
 
 @pytest.mark.parametrize("kind", [dt.DiffPruning, dt.StructuredDiffPruning])
 def test_the_projection_keeps_the_largest_and_phase_two_trains_them(kind: type[dt.DiffPruning]) -> None:
-    model, adapter, run, events = begin(kind(**HALF), 10, lr=0.1, weight_decay=0.5)
-    rates = [(g["lr"], g["weight_decay"]) for g in run.optimizer.param_groups]
-    assert rates == [(0.1, 0.5), (0.1, 0.0)]
+    model, adapter, run, events = begin(kind(**HALF, gated_lr=0.02), 10, lr=0.05, weight_decay=0.5)
+    rates = lambda: [(g["lr"], g["weight_decay"]) for g in run.optimizer.param_groups]
+    assert rates() == [(0.1, 0.0), (0.02, 0.5)]
     before: dict[str, torch.Tensor] = {}
 
     def keep(step: int) -> None:
@@ -116,7 +116,10 @@ def test_the_projection_keeps_the_largest_and_phase_two_trains_them(kind: type[d
         before.update({f"{p}.{at}": u.difference().detach().clone() for p, _, u, at in adapter.sites()})
         model.train()
 
+    go(run, events, 4, keep)
+    assert rates() == [(0.1, 0.0), (0.02, 0.5)]
     go(run, events, 5, keep)
+    assert rates() == [(0.1, 0.0), (0.05, 0.5)]
     k = int(0.1 * 101)
     least = torch.cat(list(before.values())).abs().sort(descending=True).values[k - 1]
     for path, _, u, at in adapter.sites():

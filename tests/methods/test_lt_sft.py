@@ -17,7 +17,7 @@ TENTH = {"targets": nn.Linear, "density": 0.1}
 
 
 def test_phase_one_is_full_fine_tuning_and_its_largest_changes_are_the_mask() -> None:
-    model, adapter, run, events = begin(dt.LTSFT(**TENTH, full=0.4), 10, weight_decay=0)
+    model, adapter, run, events = begin(dt.LTSFT(**TENTH, full=0.4, full_lr=1e-2), 10, weight_decay=0)
     full = network()
     tuned = dt.attach(full, dt.Tune(targets=nn.Linear))
     other = Run(full, tuned, 4, optimizer=torch.optim.AdamW(tuned.parameters(), lr=1e-2, weight_decay=0))
@@ -158,6 +158,6 @@ def test_a_whole_run_keeps_the_best_of_phase_two(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 6])
 def test_the_schedule_runs_in_each_phase(stop: int, tmp_path: Path) -> None:
-    """Linear over 8 steps, 4 a phase: 4/4, 3/4, 2/4, 1/4, and again, also in a run that was broken off."""
-    _, result = run_on_llama(dt.LTSFT(density=0.02), tmp_path, stop=stop, lr=4e-3, schedule="linear", warmup=0)
-    assert [round(r["lr"] * 1e3, 9) for r in result.history] == [4, 3, 2, 1, 4, 3, 2, 1][stop:]
+    """Linear over 8 steps, 4 a phase: 4/4, 3/4, 2/4, 1/4 of each one's rate, also in a run that was broken off."""
+    _, result = run_on_llama(dt.LTSFT(density=0.02, full_lr=1e-3), tmp_path, stop=stop, lr=4e-3, schedule="linear", warmup=0)
+    assert [round(r["lr"] * 1e3, 9) for r in result.history] == [1, 0.75, 0.5, 0.25, 4, 3, 2, 1][stop:]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import Callback, DeltatuneError, Events, Run
+from deltatune.core import Callback, DeltatuneError, Events, Groups, Run
 
 Loss = Callable[[], Tensor]
 Add = Callable[[Tensor, Tensor], Any]
@@ -54,15 +54,25 @@ class Once(Events):
 
 class TwoPhases(Events):
     """Phase 1, `share` of the steps, trains all places, to choose those of phase 2. Its weights are never the best.
+    `lr`: its learning rate, where that is not the run's.
 
     `turn`: the last step of phase 1; 0 for an adapter that has its places and only goes on with them."""
 
-    def __init__(self, method: Any, share: float, run: Run, units: Units) -> None:
-        self.method, self.share, self.run, self.units, self.turn = method, share, run, units, 0
+    def __init__(self, method: Any, share: float, run: Run, units: Units, lr: float | None = None) -> None:
+        self.method, self.share, self.lr, self.run, self.units, self.turn = method, share, lr, run, units, 0
 
     def choose(self) -> None:
         """After phase 1: settle the units."""
         raise NotImplementedError
+
+    def param_groups(self, groups: Groups) -> Groups:
+        if self.lr is None or is_chosen(self.units):
+            return groups
+        own, split = {id(u.values) for u in self.units}, Groups()
+        for g in groups:
+            rest, mine = ([p for p in g["params"] if (id(p) in own) is here] for here in (False, True))
+            split += [{**g, "params": rest}, {**g, "params": mine, "lr": self.lr, "then": g.get("lr")}]
+        return split
 
     def on_train_start(self, run: Run) -> None:
         if run.step or is_chosen(self.units):
@@ -83,6 +93,9 @@ class TwoPhases(Events):
             self.choose()
             if run.adapter is not None:  # a new optimizer, so to say
                 forget(run, run.adapter.parameters())
+            for g in run.optimizer.param_groups if run.optimizer is not None else ():
+                if "then" in g:
+                    g["lr"] = g["initial_lr"] = g.pop("then") or run.optimizer.defaults["lr"]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"turn": torch.tensor(self.turn)}

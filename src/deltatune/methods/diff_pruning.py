@@ -23,18 +23,17 @@ from deltatune.core import Callback, Groups, Method, Run, Site
 from deltatune.methods.coordinates import Coordinates, check_share, elements, resize
 from deltatune.methods.hard_concrete import exceeds, mean, sampled
 
-START = 5.0  # of alpha
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiffPruning(Method):
-    """`l0`: lambda; `alpha_lr`: the learning rate of alpha; `gated`: phase 1's share of the steps."""
+    """`l0`: lambda; `gated`: phase 1's share of the steps; `gated_lr`, `alpha_lr`: its rates, of w and alpha."""
 
-    lr: ClassVar[float] = 2e-3
+    lr: ClassVar[float] = 3e-3
     density: float = 0.005
     l0: float = 1.25e-7
-    alpha_lr: float = 0.1
     gated: float = 0.5
+    gated_lr: float = 2e-4
+    alpha_lr: float = 0.1
 
     at: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
@@ -49,7 +48,7 @@ class DiffPruning(Method):
         return [Selection(method=self)]
 
     def begin(self, run: Run, units: Units) -> TwoPhases:
-        return _Pruning(self, self.gated, run, units)
+        return _Pruning(self, self.gated, run, units, self.gated_lr)
 
 
 class StructuredDiffPruning(DiffPruning):
@@ -65,8 +64,8 @@ class Gated(Coordinates):
     def __init__(self, site: Site, method: Method, groups: int = 0) -> None:
         super().__init__(site, elements(site), method)
         self.sampling = False
-        self.alpha = nn.Parameter(torch.full((self.size,), START, **site.like))
-        self.group = nn.Parameter(torch.full((groups,), START, **site.like)) if groups else None
+        self.alpha = nn.Parameter(torch.full((self.size,), 5.0, **site.like))
+        self.group = nn.Parameter(torch.full((groups,), 5.0, **site.like)) if groups else None
 
     def alphas(self) -> list[nn.Parameter]:
         return [a for a in (self.alpha, self.group) if a is not None]
@@ -92,7 +91,7 @@ class _Pruning(TwoPhases):
     def param_groups(self, groups: Groups) -> Groups:
         mine = {id(a) for u in self.units for a in u.alphas()}
         split: Groups = []
-        for g in groups:
+        for g in super().param_groups(groups):
             rest, alphas = ([p for p in g["params"] if (id(p) in mine) is own] for own in (False, True))
             split += [{**g, "params": rest}, {**g, "params": alphas, "lr": self.method.alpha_lr, "weight_decay": 0.0}]
         return split

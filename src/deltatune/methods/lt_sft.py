@@ -27,11 +27,13 @@ from deltatune.methods.coordinates import Budget, Coordinates, check_share
 
 @dataclass(frozen=True, kw_only=True)
 class LTSFT(Method):
-    """`full`: phase 1's share of the steps. It needs the memory of full fine-tuning; its weights are not kept."""
+    """`full`: phase 1's share of the steps, at the rate `full_lr`. It needs the memory of full fine-tuning; its weights
+    are not kept."""
 
     lr: ClassVar[float] = 5e-3
     density: float = 0.01
     full: float = 0.5
+    full_lr: float = 2e-4
     l1: float = 0.0
 
     at: ClassVar[tuple[str, ...]] = ("weight", "bias")
@@ -50,12 +52,12 @@ class LTSFT(Method):
         return [Selection(method=self)]
 
     def begin(self, run: Run, units: Units) -> Events:
-        return _Phases(self, self.full, run, units)
+        return _Phases(self, run, units)
 
 
 class _Phases(TwoPhases):
-    def __init__(self, method: LTSFT, share: float, run: Run, units: Units) -> None:
-        super().__init__(method, share, run, units)
+    def __init__(self, method: LTSFT, run: Run, units: Units) -> None:
+        super().__init__(method, method.full, run, units, method.full_lr)
         assert run.adapter is not None
         mine = {id(u.values) for u in units}
         self.others = {n: p for n, p in run.adapter.named_parameters() if id(p) not in mine}

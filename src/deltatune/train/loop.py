@@ -228,6 +228,7 @@ class _Trainer:
         if options.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, options.clip, norm)
         self.optimizer.step()
+        lr = self.optimizer.param_groups[0]["lr"]
         if self.proof is not None and (finding := self.proof.after_step(run, trained)) is not None:
             self.finding, self.proof = finding, None
             self._note(finding)
@@ -235,10 +236,9 @@ class _Trainer:
             events.on_step_end(run)
         self.optimizer.zero_grad(set_to_none=True)
         (summed,) = self.processes.sum([float(values[:, 0].double().sum())])
-        self.tokens += tokens
-        self.unlogged += tokens
-        return {"loss": summed / trained, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": float(norm),
-                "tokens": tokens, "trained_tokens": trained}  # fmt: skip
+        self.tokens, self.unlogged = self.tokens + tokens, self.unlogged + tokens
+        return {"loss": summed / trained, "lr": lr, "grad_norm": float(norm), "tokens": tokens,
+                "trained_tokens": trained}  # fmt: skip
 
     def _compare(self, loss: float) -> bool:
         if self.run.step < self.run.keep_from:
