@@ -242,7 +242,7 @@ def test_wrong_sources_and_options_are_named() -> None:
     model = build()
     with pytest.raises(dt.DeltatuneError, match=r"shapes \[\(2, 32\), \(4, 32\)\]"):
         autoencoder(model, {"a": torch.zeros(2, 32), "b": torch.zeros(4, 32)})
-    with pytest.raises(dt.DeltatuneError, match=r"prompts are 8 wide, but .* embeds in 32"):
+    with pytest.raises(dt.DeltatuneError, match=r"that of a is \(2, 8\); .* embeds in 32"):
         autoencoder(model, {"a": torch.zeros(2, 8)}, **SIZE)
     with pytest.raises(dt.DeltatuneError, match="a: .* is no adapter of prompt tuning"):
         autoencoder(model, {"a": dt.attach(model, dt.LoRA(), "law")})

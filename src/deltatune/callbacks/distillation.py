@@ -11,7 +11,7 @@ same positions, or of all tokens where a row has one output for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,32 +19,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.callbacks.selection import at_rest
-from deltatune.core import Callback, DeltatuneError, Events, Run, using
+from deltatune.core import Callback, DeltatuneError, Events, Run, activate, detach, load, using
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation(Callback):
-    """`weight`: lambda; 0 for none, and then no teacher runs."""
+    """`weight`: lambda; 0 for none, and then no teacher runs. `teachers`: folders of saved adapters, by task, which are
+    on the model while it trains; without, they are there under their tasks' names."""
 
     weight: float = 1.0
+    teachers: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.weight < 0:
-            raise DeltatuneError(f"Distillation: weight must not be negative, got {self.weight}")
+        if self.weight < 0 or (self.teachers and not self.weight):
+            raise DeltatuneError(
+                f"Distillation: weight must not be negative, nor zero beside teachers; got {self.weight}"
+            )
 
     def start(self, run: Run) -> Events:
-        return _Distilling(self.weight) if self.weight else Events()
+        return _Distilling(self.weight, self.teachers) if self.weight else Events()
 
 
 class _Distilling(Events):
     """Asks the student for its hidden states, and listens to what it returns in training."""
 
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
+    def __init__(self, weight: float, teachers: Mapping[str, str]) -> None:
+        self.weight, self.teachers = weight, teachers
         self.heard: tuple[Mapping[str, Any], Any] | None = None  # what the student was given, and returned
 
     def on_train_start(self, run: Run) -> None:
+        for task, folder in self.teachers.items():
+            load(run.model, folder, task)
+            run.exit.callback(detach, run.model, task)
+        if self.teachers and run.adapter is not None:
+            activate(run.model, run.adapter.name)
         asks = run.model.register_forward_pre_hook(self._ask, with_kwargs=True)
         hears = run.model.register_forward_hook(self._hear, with_kwargs=True)
         run.exit.callback(asks.remove)

@@ -27,15 +27,15 @@ class _Reconstructing(Events):
     """`found`: modules with `error()`, and `given`, whether they have what they are to reconstruct."""
 
     def __init__(self, alpha: float, found: list[Any]) -> None:
-        self.alpha, self.found = alpha, found
-
-    def on_train_start(self, run: Run) -> None:
-        if run.step == 0 and not all(bool(one.given) for one in self.found):
-            raise DeltatuneError(
-                "IntrinsicSubspace: there are no tuned prompts to find a subspace of; attach it with "
-                "deltatune.methods.intrinsic_subspace.autoencoder(model, {task: prompt})"
-            )
+        self.alpha, self.found, self.checked = alpha, found, False
 
     def on_loss(self, run: Run, loss: Tensor) -> Tensor:
+        if not self.checked and not all(bool(one.given) for one in self.found):
+            raise DeltatuneError(
+                "IntrinsicSubspace: there are no tuned prompts to find a subspace of; give them by the callback "
+                "SourcePrompts(prompts={task: folder}), or attach it with "
+                "deltatune.methods.intrinsic_subspace.autoencoder(model, {task: prompt})"
+            )
+        self.checked = True
         errors = [one.error().to(loss.device) for one in self.found]
         return loss + self.alpha * run.share * torch.stack(errors).sum()

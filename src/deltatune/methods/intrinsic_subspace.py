@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.callbacks.reconstruction import Reconstruction
-from deltatune.core import Adapter, Callback, DeltatuneError, Method, Site, attach, detach, read_adapter
+from deltatune.callbacks.source_prompts import give, tuned
+from deltatune.core import Adapter, Callback, DeltatuneError, Method, Site, attach, detach
 from deltatune.methods.intrinsic_prompt import IntrinsicPrompt, decoder
 from deltatune.models.prompting import Prompt
 from deltatune.models.task_prompts import Made, check_tasks, task_prompt
@@ -29,7 +30,7 @@ from deltatune.models.task_prompts import Made, check_tasks, task_prompt
 
 @dataclass(frozen=True, kw_only=True)
 class IntrinsicSubspace(IntrinsicPrompt):
-    """`alpha`; `tasks`: the names of the sources. `autoencoder` attaches it with their prompts."""
+    """`alpha`; `tasks`: the names of the sources, whose prompts `autoencoder` or the callback `SourcePrompts` gives."""
 
     lr: ClassVar[float] = 1e-3
     alpha: float = 200.0
@@ -81,27 +82,14 @@ def autoencoder(model: nn.Module, prompts: Mapping[str, Tensor | Adapter | str |
     """Attach an `IntrinsicSubspace` of the tuned `prompts` of the source tasks: tensors (p, d), adapters, or folders.
 
     What is trained of it, the decoder included, is found by `transfer`. options: those of `IntrinsicSubspace`."""
-    tensors = {task: _prompt(model, task, source) for task, source in prompts.items()}
+    tensors = {task: tuned(model, task, source) for task, source in prompts.items()}
     shapes = {tuple(t.shape) for t in tensors.values()}
     if len(shapes) != 1:
         raise DeltatuneError(f"autoencoder: prompts have the shapes {sorted(shapes)}; give several, of one length")
-    ((length, width),) = shapes
-    adapter = attach(model, IntrinsicSubspace(length=length, tasks=tuple(tensors), **options), name)
-    (own,) = (m for _, unit in adapter.units() for m in unit.modules() if isinstance(m, Autoencoder))
-    if width != (d := own.prompts.shape[2]):
+    adapter = attach(model, IntrinsicSubspace(length=next(iter(shapes))[0], tasks=tuple(tensors), **options), name)
+    try:
+        give(adapter, tensors)
+    except DeltatuneError:
         detach(model, name)
-        raise DeltatuneError(f"autoencoder: prompts are {width} wide, but {type(model).__name__} embeds in {d}")
-    own.prompts.copy_(torch.stack([t.to(own.prompts) for t in tensors.values()]))
-    own.given.fill_(True)
+        raise
     return adapter
-
-
-def _prompt(model: nn.Module, task: str, source: Tensor | Adapter | str | Path) -> Tensor:
-    """(p, d), of a tensor, or of an adapter of prompt tuning, ours or PEFT's."""
-    if isinstance(source, Tensor):
-        return source.detach()
-    tensors = source.state_dict() if isinstance(source, Adapter) else read_adapter(model, source)[1]
-    found = [t for n, t in tensors.items() if n.rpartition(".")[2] == "prompt"]
-    if len(found) != 1:
-        raise DeltatuneError(f"autoencoder: {task}: {source} is no adapter of prompt tuning; flatten other prompts")
-    return found[0].detach()
