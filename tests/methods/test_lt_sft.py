@@ -159,5 +159,7 @@ def test_a_whole_run_keeps_the_best_of_phase_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [1, 6])
 def test_the_schedule_runs_in_each_phase(stop: int, tmp_path: Path) -> None:
     """Linear over 8 steps, 4 a phase: 4/4, 3/4, 2/4, 1/4 of each one's rate, also in a run that was broken off."""
-    _, result = run_on_llama(dt.LTSFT(density=0.02, full_lr=1e-3), tmp_path, stop=stop, lr=4e-3, schedule="linear", warmup=0)
+    _, result = run_on_llama(
+        dt.LTSFT(density=0.02, full_lr=1e-3), tmp_path, stop=stop, lr=4e-3, schedule="linear", warmup=0
+    )
     assert [round(r["lr"] * 1e3, 9) for r in result.history] == [1, 0.75, 0.5, 0.25, 4, 3, 2, 1][stop:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,34 @@ def test_one_adapter_ends_each_block_and_the_start_is_the_base_bitwise(family: s
     assert {type(u) for _, u in adapter.units()} == {AtNorm if family in POST else AtBlock}
     assert sum(p.numel() for p in adapter.parameters()) == len(blocks) * (2 * 32 * 3 + 3 + 32)
     assert torch.equal(model(**batch).logits, want)
+
+
+@pytest.mark.parametrize("method", [dt.Pfeiffer, dt.ParallelAdapter])
+@pytest.mark.parametrize("name,function", [("silu", lambda x: x * x.sigmoid()), ("relu", lambda x: x.clamp(min=0))])
+@torch.no_grad()
+def test_the_function_between_the_projections(method: type[dt.core.Method], name: str, function: Any) -> None:
+    """What one unit adds to the output of its module, in float64."""
+    model = tiny("llama").double()
+    target = r"model\.layers\.1\.mlp\.down_proj" if method is dt.ParallelAdapter else r"model\.layers\.1"
+    with pytest.raises(dt.DeltatuneError, match="activation='tanh' is not one of .*silu"):
+        method(activation="tanh")
+    adapter = randomise(dt.attach(model, method(size=3, targets=target, activation=name)))
+    unit = next(u for _, u in adapter.units() if list(u.parameters()))
+    seen: list[Tensor] = []
+    if method is dt.ParallelAdapter:
+        (tap, _) = (m for _, m, _, _ in adapter.sites())
+        tap.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    before: list[Tensor] = []
+    module = model.get_submodule(target.replace("\\", ""))
+    module.register_forward_hook(lambda m, a, y: before.append(y))
+    batch = inputs(model)
+    model(**batch)
+    dt.activate(model)
+    model(**batch)
+    changed, plain = before
+    x = seen[0] if seen else plain
+    want = function(x @ unit.down.T + unit.down_bias) @ unit.up.T + unit.up_bias
+    torch.testing.assert_close(changed - plain, (4.0 if seen else 1.0) * want)
 
 
 def test_has_half_the_parameters_of_houlsby() -> None:

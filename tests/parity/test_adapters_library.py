@@ -83,7 +83,7 @@ def edited(kind, what, to, change):
 
 REFUSED = [
     ("houlsby", {"non_linearity": "tanh"}, "non_linearity = 'tanh'"),
-    ("pfeiffer", {"non_linearity": "swish"}, "non_linearity = 'swish'"),
+    ("pfeiffer", {"non_linearity": "leakyrelu"}, "non_linearity = 'leakyrelu'"),
     ("pfeiffer", {"original_ln_after": False}, "original_ln_after = False"),
     ("pfeiffer", {"residual_before_ln": False}, "residual_before_ln = False"),
     ("pfeiffer", {"residual_before_ln": "post_add"}, "residual_before_ln = 'post_add'"),

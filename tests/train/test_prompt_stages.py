@@ -58,8 +58,9 @@ def test_a_prompt_for_several_tasks_is_distilled_from_their_prompts(train: Any, 
     assert without.shape == with_them.shape == (3, 32) and not torch.equal(without, with_them)
     names = load_file(taught / "adapter_model.safetensors")
     assert names.keys() == load_file(alone / "adapter_model.safetensors").keys()  # no teacher is saved
-    target = train("target", ("one",), {"name": "multitask_prompt", "length": 3},
-                   callbacks=[{"name": "transfer", "source": str(taught)}], train={"max_steps": 1, "lr": 1e-6})  # fmt: skip
+    begun = [{"name": "transfer", "source": str(taught)}]
+    target = train("target", ("one",), {"name": "multitask_prompt", "length": 3}, callbacks=begun,
+                   train={"max_steps": 1, "lr": 1e-6})  # fmt: skip
     torch.testing.assert_close(tensors(target, "shared")[0], with_them, rtol=0, atol=1e-5)
 
 

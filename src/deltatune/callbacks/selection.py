@@ -93,9 +93,9 @@ class TwoPhases(Events):
             self.choose()
             if run.adapter is not None:  # a new optimizer, so to say
                 forget(run, run.adapter.parameters())
-            for g in run.optimizer.param_groups if run.optimizer is not None else ():
-                if "then" in g:
-                    g["lr"] = g["initial_lr"] = g.pop("then") or run.optimizer.defaults["lr"]
+            if (optimizer := run.optimizer) is not None:
+                for g in (g for g in optimizer.param_groups if "then" in g):
+                    g["lr"] = g["initial_lr"] = g.pop("then") or optimizer.defaults["lr"]
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"turn": torch.tensor(self.turn)}
@@ -138,12 +138,35 @@ def examples(run: Run) -> Iterator[Loss]:
     return run.examples()
 
 
-def hardest(run: Run, n: int) -> list[Loss]:
-    """The n training examples with the largest mean loss."""
+def hardest(run: Run, units: Units, n: int) -> list[Loss]:
+    """The n training examples with the largest mean loss. The units' W' are made once for all of them."""
     data = list(examples(run))
-    with at_rest(run.model), torch.no_grad():
+    with at_rest(run.model), torch.no_grad(), watched(units, [_Made() for _ in units]):
         losses = torch.stack([example().float() for example in data])
     return [data[i] for i in losses.topk(min(n, len(data))).indices.tolist()]
+
+
+@contextmanager
+def watched(units: Units, watches: Sequence[Callable[[Callable[[], Tensor]], Tensor]]) -> Iterator[None]:
+    """Inside, the units' W' are what `watches` make of them."""
+    try:
+        for unit, watch in zip(units, watches, strict=True):
+            unit.watch = watch
+        yield
+    finally:
+        for unit in units:
+            unit.watch = None
+
+
+class _Made:
+    """W' as it was at the first call."""
+
+    made: Tensor | None = None
+
+    def __call__(self, make: Callable[[], Tensor]) -> Tensor:
+        if self.made is None:
+            self.made = make().detach()
+        return self.made
 
 
 @contextmanager
@@ -181,19 +204,14 @@ def total_over(run: Run, units: Units, losses: Iterable[Loss], add: Add) -> list
     is touched."""
     wide = torch.promote_types(units[0].values.dtype, torch.float32)
     totals = [torch.zeros(u.size, dtype=wide, device=u.values.device) for u in units]
-    try:
-        for unit, total in zip(units, totals, strict=True):
-            unit.watch = _Watch(total, add)
-        with at_rest(run.model), torch.enable_grad():
-            for loss in losses:
-                value = loss()
-                leaves = [u.watch.leaf for u in units if u.watch.leaf is not None]
-                if not leaves:
-                    raise DeltatuneError("the model ran without the adapter whose places are chosen; activate it")
-                value.backward(inputs=leaves)
-    finally:
-        for unit in units:
-            unit.watch = None
+    watches = [_Watch(total, add) for total in totals]
+    with at_rest(run.model), torch.enable_grad(), watched(units, watches):
+        for loss in losses:
+            value = loss()
+            leaves = [watch.leaf for watch in watches if watch.leaf is not None]
+            if not leaves:
+                raise DeltatuneError("the model ran without the adapter whose places are chosen; activate it")
+            value.backward(inputs=leaves)
     return totals
 
 

@@ -184,7 +184,7 @@ def decode_unipelt(configs: Sequence[Mapping[str, Any]], saved: Saved) -> list[P
     for where, own in saved.take("loras").items():
         unit = {"deltas.0.a": own["lora_A"], "deltas.0.b": own["lora_B"]}  # the gate stands for alpha / r there too
         units.append((saved.path(where), unit | {f"gates.0.{n}": own[f"gate.{n}"] for n in ("weight", "bias")}))
-    (adapter,) = decode_bottleneck(by["bottleneck"], saved, **_GATED)
+    (adapter,) = decode_bottleneck(by["bottleneck"], saved, **_GATED, non_linearity=("relu",))
     assert isinstance(prefix.method, PrefixTuning) and isinstance(adapter.method, Pfeiffer)
     method = UniPELT(
         length=prefix.method.length, hidden=prefix.method.hidden, r=by["lora"]["r"], size=adapter.method.size

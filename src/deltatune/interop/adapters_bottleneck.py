@@ -95,7 +95,7 @@ def refuse(kind: str, config: Mapping[str, Any], **only: tuple[Any, ...]) -> Non
 
 def decode_bottleneck(config: Mapping[str, Any], saved: Saved, **more: tuple[Any, ...]) -> list[Piece]:
     """As few methods as there are ways to be placed and sizes."""
-    refuse("adapter", config, **_FIELDS, **more)
+    refuse("adapter", config, **(_FIELDS | more))
     wanted = {p for p, flag in (("attention", "mh_adapter"), ("output", "output_adapter")) if config[flag]}
     found = {saved.place(where): t for where, t in saved.take("adapters").items()}
     if odd := next((part for _, part in found if part not in wanted), None):
@@ -166,16 +166,11 @@ def _piece(
         return _phm(kind, size, targets, found, config, rules)
     if kind == "output":
         method: Method = Houlsby(targets=targets, size=size, norms=None, activation=activation)
-    elif activation != "relu":
-        raise DeltatuneError(
-            f"adapter: non_linearity = {config['non_linearity']!r} has no equal here where original_ln_before or "
-            "is_parallel are True, only 'relu'; load it with the package `adapters`, or train it anew"
-        )
     elif kind == "sum":
-        method = Pfeiffer(targets=targets, size=size)
+        method = Pfeiffer(targets=targets, size=size, activation=activation)
     else:
         factor = scale if scale == "learned" else float(scale) if fixed else 1.0
-        method = ParallelAdapter(targets=targets, size=size, scale=factor)
+        method = ParallelAdapter(targets=targets, size=size, scale=factor, activation=activation)
     units: list[tuple[str, Tensors]] = []
     for path, own in found:
         t = _dense(own)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Intervention, Method, Part, Select, Site
-from deltatune.methods.houlsby import ACTIVATIONS, Sublayers, check_activation
+from deltatune.methods.houlsby import Sublayers
 from deltatune.methods.tune import Tune
+from deltatune.models.activations import ACTIVATIONS, check_activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +41,8 @@ class PHMAdapter(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name, k = type(self).__name__, getattr(self, "k", 1)
-        if min(self.size, self.n, k) < 1 or self.size % self.n:
-            raise DeltatuneError(f"{name}: size={self.size}, n={self.n}, k={k}: each is at least 1, and n divides size")
+        if min(self.size, self.n, k := getattr(self, "k", 1)) < 1 or self.size % self.n:
+            raise DeltatuneError(f"Compacter: size={self.size}, n={self.n}, k={k}: each is at least 1, n divides size")
         check_activation(self)
 
     def parts(self) -> Sequence[Method]:

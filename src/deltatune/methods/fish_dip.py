@@ -30,7 +30,7 @@ from deltatune.callbacks.selection import (
     settle,
     squares,
     total_over,
-)  # fmt: skip
+)
 from deltatune.core import Callback, DeltatuneError, Events, Method, Run, Site
 from deltatune.methods.coordinates import Budget, Coordinates, check_share
 
@@ -113,6 +113,6 @@ class _Refreshes(Events):
             self._refresh(run)
 
     def _refresh(self, run: Run) -> None:
-        fisher = total_over(run, self.units, hardest(run, self.method.hardest), squares)
+        fisher = total_over(run, self.units, hardest(run, self.units, self.method.hardest), squares)
         settle(self.units, best(fisher, number(self.units, self.method.density)))
         forget(run, [u.values for u in self.units])

@@ -10,9 +10,8 @@ W_down is a normal of deviation 0.01 cut at two deviations and biases are zero, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,10 +20,7 @@ from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Init, Intervention, Method, Part, Select, Site, resolve
 from deltatune.methods.tune import Tune
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(F.gelu, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu,
-}  # fmt: skip
+from deltatune.models.activations import ACTIVATIONS, Activation, check_activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +65,6 @@ class Houlsby(Method):
         return unit
 
 
-def check_activation(method: Any) -> None:
-    if method.activation not in ACTIVATIONS:
-        known, name = ", ".join(ACTIVATIONS), type(method).__name__
-        raise DeltatuneError(f"{name}: activation={method.activation!r} is not one of {known}")
-
-
 class Sublayers:
     """Selects the usual parts but those of cross-attention: made at the root, where a walk over a model begins."""
 
@@ -101,7 +91,7 @@ class Bottleneck(Intervention):
 
     roles = {"down": "down", "up": "up"}
 
-    def __init__(self, site: Site, size: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, site: Site, size: int, activation: Activation) -> None:
         super().__init__()
         self.activation, d = activation, site.shape.out
         self.down = nn.Parameter(nn.init.trunc_normal_(torch.empty(size, d, **site.like), std=1e-2, a=-2e-2, b=2e-2))

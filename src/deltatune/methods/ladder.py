@@ -65,8 +65,6 @@ class LadderSideTuning(Method):
 class ResidualLadder(LadderSideTuning):
     """The head reads h + Up norm(g_L), h being what the backbone gives it; Up = 0 at first, which is the base."""
 
-    lr: ClassVar[float] = 5e-2
-
     def build(self, site: Site, shared: nn.Module | None) -> Ladder:
         return self._start(AddedLadder(Side(site, self.reduction, self.kept), self.temperature, site), site)
 

@@ -2,10 +2,9 @@
 
     y = f(.) + s (W_up relu(W_down x + b_down) + b_up)        f the feed-forward sublayer     (tab. 1, fig. 3)
 
-W_up and biases start at zero, W_down Kaiming-uniform. The sum is made at the output of the down projection. x is the
-sublayer's input in the paper's text; its code reads the residual stream, which where norms precede the sublayers (Llama
-but not BERT) is before the norm. `input=None` is the code; `input=Part("mlp")`, or `Part("up")` where there is no such
-module, is the text.
+W_up and biases start at zero, W_down Kaiming-uniform. x is the sublayer's input in the paper's text; its code reads the
+residual stream, which where norms precede the sublayers (Llama but not BERT) is before the norm. `input=None` is the
+code; `input=Part("mlp")`, or `Part("up")` where there is no such module, is the text.
 """
 
 from __future__ import annotations
@@ -21,16 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Intervention, Layers, Method, Part, Select, Site, resolve
+from deltatune.models.activations import ACTIVATIONS, check_activation
 from deltatune.models.anatomy import parts
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelAdapter(Method):
-    """`targets`: the modules whose output is added to. `input`: the modules whose input is read, before each target."""
+    """`targets`: what is added to; `input`: the modules whose input is read, before each; `activation`: by name."""
 
     lr: ClassVar[float] = 2e-4
     size: int = 512
     scale: float | Literal["learned"] = 4.0
+    activation: str = "relu"
     input: Select = None
 
     usual = ("down",)
@@ -40,6 +41,7 @@ class ParallelAdapter(Method):
         super().__post_init__()
         if self.size < 1 or (isinstance(self.scale, str) and self.scale != "learned"):
             raise DeltatuneError(f"ParallelAdapter: size={self.size} is < 1, or scale={self.scale!r} not 'learned'")
+        check_activation(self)
 
     def parts(self) -> Sequence[Method]:
         outputs = Part(*self.usual) if self.targets is None else self.targets
@@ -48,9 +50,8 @@ class ParallelAdapter(Method):
     def shared(self, sites: Sequence[Site]) -> Held:
         return Held({m.path for m in resolve(sites[0].model, self.targets[0])})  # type: ignore[index]
 
-    def build(self, site: Site, shared: nn.Module | None) -> Intervention:
-        assert isinstance(shared, Held)
-        return Bottleneck(site, self.size, self.scale, shared) if site.path in shared.outputs else Tap(shared)
+    def build(self, site: Site, shared: Any) -> Intervention:
+        return Bottleneck(site, self, shared) if site.path in shared.outputs else Tap(shared)
 
 
 class _Stream:
@@ -102,10 +103,10 @@ class Bottleneck(Intervention):
 
     roles = {"down": "down", "up": "up", "s": "scale"}
 
-    def __init__(self, site: Site, m: int, s: float | Literal["learned"], held: Held) -> None:
+    def __init__(self, site: Site, method: ParallelAdapter, held: Held) -> None:
         super().__init__()
-        self.held, d = held, site.shape.out
-        self.s: Any = nn.Parameter(torch.ones((), **site.like)) if s == "learned" else s
+        self.held, self.activation, m, d = held, ACTIVATIONS[method.activation], method.size, site.shape.out
+        self.s: Any = nn.Parameter(torch.ones((), **site.like)) if method.scale == "learned" else method.scale
         self.down = nn.Parameter(torch.empty(m, d, **site.like))
         self.up = nn.Parameter(torch.zeros(d, m, **site.like))
         self.down_bias, self.up_bias = (nn.Parameter(torch.zeros(n, **site.like)) for n in (m, d))
@@ -115,5 +116,5 @@ class Bottleneck(Intervention):
         y = call(*args, **kwargs)
         if (x := self.held.x.pop(self.held.thread(), None)) is None:
             raise DeltatuneError("ParallelAdapter: no module of `input` ran before this one; name one in each block")
-        h = F.relu(F.linear(x.to(self.down.dtype), self.down, self.down_bias))
+        h = self.activation(F.linear(x.to(self.down.dtype), self.down, self.down_bias))
         return y + (self.s * F.linear(h, self.up, self.up_bias)).to(y.dtype)

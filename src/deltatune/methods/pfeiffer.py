@@ -5,9 +5,9 @@ arXiv:2005.00247
     norms before the sublayers:    x = u + h1,       h2 = f(x) + u + h1
     norms after the sums:          x = LN(u + h1),   h2 = LN(f(x) + u + h1)
 
-u is the output of a block's feed-forward sublayer, after dropout, and h1 the stream it is added to: one adapter a
-block. The residual is taken before the norm, so the block's own LN, frozen, runs twice, and with W_up = 0, which is the
-start, the model is its base exactly. With `init=NearIdentity(std=0.02)` it starts near it.
+u is the output of a block's feed-forward sublayer, after dropout, h1 the stream it is added to: one adapter a block.
+The residual is taken before the norm: the block's own LN, frozen, runs twice; with W_up = 0, the start, the model is
+its base exactly. With `init=NearIdentity(std=0.02)` it starts near it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from deltatune.core import Base, DeltatuneError, Intervention, Method, Part, Select, Site
 from deltatune.methods.houlsby import NearIdentity
+from deltatune.models.activations import ACTIVATIONS, check_activation
 from deltatune.models.anatomy import hidden, parts
 
 Core = Callable[[Tensor], Tensor]
@@ -29,11 +30,12 @@ Core = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Pfeiffer(Method):
-    """`size`: the bottleneck m. `targets`: the norms that end the blocks, or, where norms precede the sublayers, the
-    blocks themselves."""
+    """`size`: the bottleneck m; `activation`: the paper's, or another of Houlsby's. `targets`: the norms that end the
+    blocks, or, where norms precede the sublayers, the blocks themselves."""
 
     lr: ClassVar[float] = 2e-3
     size: int = 48
+    activation: str = "relu"
     init: NearIdentity | None = None
 
     usual = ("post_norm",)
@@ -43,16 +45,14 @@ class Pfeiffer(Method):
         super().__post_init__()
         if self.size < 1:
             raise DeltatuneError(f"Pfeiffer: size must be at least 1, got {self.size}")
+        check_activation(self)
 
     def select(self, model: nn.Module) -> Select:
-        if self.targets is not None:
-            return self.targets
-        return Part("post_norm" if "post_norm" in parts(model) else "block")
+        return Part("post_norm" if "post_norm" in parts(model) else "block") if self.targets is None else self.targets
 
     def build(self, site: Site, shared: nn.Module | None) -> Bottleneck:
-        gain = getattr(site.module, "weight", None)
-        kind = AtNorm if isinstance(gain, Tensor) and gain.ndim == 1 else AtBlock
-        unit = kind(site, _width(site), self.size)
+        kind = AtNorm if getattr(getattr(site.module, "weight", None), "ndim", 0) == 1 else AtBlock
+        unit = kind(site, _width(site), self.size, self.activation)
         if self.init is not None:
             self.init(unit, unit.up)
         return unit
@@ -64,10 +64,8 @@ def _width(site: Site) -> int:
         return site.shape.out
     config = next((m.config for m in site.module.modules() if hasattr(m, "config")), site.config)
     if config is None:
-        raise DeltatuneError(
-            f"Pfeiffer: {site.path!r}: a {type(site.module).__name__} without a configuration does not say its width; "
-            "target a norm or a linear layer"
-        )
+        raise DeltatuneError(f"Pfeiffer: {site.path!r}: a {type(site.module).__name__} without a configuration does "
+                             "not say its width; target a norm or a linear layer")  # fmt: skip
     return hidden(config)
 
 
@@ -76,14 +74,15 @@ class Bottleneck(Intervention):
 
     roles = {"down": "down", "up": "up"}
 
-    def __init__(self, site: Site, d: int, m: int) -> None:
+    def __init__(self, site: Site, d: int, m: int, activation: str = "relu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.down = nn.Parameter(nn.init.normal_(torch.empty(m, d, **site.like), std=0.02))
         self.up = nn.Parameter(torch.zeros(d, m, **site.like))
         self.down_bias, self.up_bias = (nn.Parameter(torch.zeros(n, **site.like)) for n in (m, d))
 
     def core(self, x: Tensor) -> Tensor:
-        h = F.relu(F.linear(x.to(self.down.dtype), self.down, self.down_bias))
+        h = self.activation(F.linear(x.to(self.down.dtype), self.down, self.down_bias))
         return F.linear(h, self.up, self.up_bias).to(x.dtype)
 
     @staticmethod
