@@ -62,7 +62,7 @@ def test_the_function_between_the_projections(method: type[dt.core.Method], name
     unit = next(u for _, u in adapter.units() if list(u.parameters()))
     seen: list[Tensor] = []
     if method is dt.ParallelAdapter:
-        (tap, _) = (m for _, m, _, _ in adapter.sites())
+        *_, tap = (m for p, m, u, _ in adapter.sites() if p.startswith("model.layers.1.") and u is not unit)
         tap.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     before: list[Tensor] = []
     module = model.get_submodule(target.replace("\\", ""))
