@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.callbacks.transfer import tasks_of
 from deltatune.core import Adapter, Callback, DeltatuneError, Events, Run, nearest, read_adapter
 
 Source = Tensor | Adapter | str | Path
@@ -24,7 +25,7 @@ def give(adapter: Any, prompts: Mapping[str, Source]) -> None:
     found = [m for _, unit in adapter.units() for m in unit.modules() if hasattr(m, "given")]
     if len(found) != 1:
         raise DeltatuneError("source prompts: no autoencoder is in training; leave them out")
-    (own,), tasks = found, [t for part in adapter.method.parts() for t in getattr(part, "tasks", ())]
+    (own,), tasks = found, tasks_of(adapter.method)
     if odd := sorted(set(prompts) ^ set(tasks)):
         told = f"no task {odd[0]!r}{nearest(odd[0], tasks)}" if odd[0] in prompts else f"no prompt of task {odd[0]!r}"
         raise DeltatuneError(f"source prompts: there is {told}; the adapter's tasks are {', '.join(tasks) or 'none'}")

@@ -21,7 +21,7 @@ def transfer(adapter: Any, source: Adapter | str | Path, task: str | None = None
         method, tensors = source.method, source.state_dict()
     else:
         method, tensors = read_adapter(adapter.model, source)  # type: ignore[assignment]
-    tasks = [t for part in method.parts() for t in getattr(part, "tasks", ())]
+    tasks = tasks_of(method)
     if task is not None and task not in tasks:
         raise DeltatuneError(f"transfer: {_named(source)} has no task {task!r}{nearest(task, tasks)}")
     index = None if task is None else tasks.index(task)
@@ -37,6 +37,11 @@ def transfer(adapter: Any, source: Adapter | str | Path, task: str | None = None
             raise DeltatuneError(
                 f"transfer: {_named(source)}, a {type(method).__name__}, holds no {prefix}{error.args[0]}"
             ) from None
+
+
+def tasks_of(method: Any) -> list[str]:
+    """The names of the tasks that rows under an adapter of `method` may name."""
+    return [t for part in method.parts() for t in getattr(part, "tasks", ())]
 
 
 def _named(source: Adapter | str | Path) -> str:

@@ -42,7 +42,9 @@ class PHMAdapter(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.size, self.n, k := getattr(self, "k", 1)) < 1 or self.size % self.n:
-            raise DeltatuneError(f"Compacter: size={self.size}, n={self.n}, k={k}: each is at least 1, n divides size")
+            raise DeltatuneError(
+                f"{type(self).__name__}: size={self.size}, n={self.n}, k={k}: each >= 1, n divides size"
+            )
         check_activation(self)
 
     def parts(self) -> Sequence[Method]:

@@ -111,10 +111,9 @@ class PerRow(Router):
 
 def _at_once(base: Base, own: Sequence[Sequence[tuple[Any, Any]]], index: Tensor) -> Base:
     """`base` inside all units (kind, unit), each for its own rows: one call, which writes once what rows share."""
-    order = sorted(range(len(own)), key=lambda i: any(kind.lengthens for kind, _ in own[i]))
-    for i, units in ((i, own[i]) for i in order):
+    for i in sorted(range(len(own)), key=lambda i: any(kind.lengthens for kind, _ in own[i])):
         rows = torch.where(index == i, 0, -1)
-        for kind, unit in units:
+        for kind, unit in own[i]:
             base = base.then(_Among(kind, unit, rows), CALL)  # type: ignore[arg-type]
     return base
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deltatune.core import DeltatuneError, Part, adapters, resolve, using
+from deltatune.core import Adapter, DeltatuneError, Part, resolve, using
 
 
 @torch.no_grad()
@@ -42,10 +42,7 @@ class _Trunk:
     """The blocks that end before the first unit of any of the adapters, and what the last of them returned."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        attached = adapters(model)
-        if unknown := [n for n in names if n not in attached]:
-            raise DeltatuneError(f"no adapter {unknown[0]!r}; attached: {', '.join(attached) or 'none'}")
-        self.sites = {id(m): m for n in names for _, m, _, _ in attached[n].sites()}.values()
+        self.sites = {id(m): m for n in names for _, m, _, _ in Adapter(model, n).sites()}.values()
         self.blocks, self.thread = _first_stack(model), get_ident()
         self.below: list[nn.Module] = []
         self.output: Any = None
