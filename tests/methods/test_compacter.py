@@ -155,8 +155,8 @@ def test_the_start_of_a_phm_adapter() -> None:
     "options,told",
     [
         ({"size": 10}, "size=10, n=4, k=1: .* n divides size"),
-        ({"n": 0}, "size=24, n=0, k=1: each >= 1"),
-        ({"k": 0}, "size=24, n=4, k=0: each >= 1"),
+        ({"n": 0}, "size=24, n=0, k=1: all >= 1"),
+        ({"k": 0}, "size=24, n=4, k=0: all >= 1"),
     ],
 )
 def test_options_are_checked(options: dict[str, int], told: str) -> None:

@@ -42,9 +42,7 @@ class PHMAdapter(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if min(self.size, self.n, k := getattr(self, "k", 1)) < 1 or self.size % self.n:
-            raise DeltatuneError(
-                f"{type(self).__name__}: size={self.size}, n={self.n}, k={k}: each >= 1, n divides size"
-            )
+            raise DeltatuneError(f"{type(self).__name__}: size={self.size}, n={self.n}, {k=}: all >= 1, n divides size")
         check_activation(self)
 
     def parts(self) -> Sequence[Method]:
