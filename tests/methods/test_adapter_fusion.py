@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 import deltatune as dt
 from deltatune.core import Run
 from deltatune.data import Batches
-from deltatune.methods.trained import Fusion
+from deltatune.methods.side_by_side import Fusion
 from deltatune.models.tiny import inputs, tiny
 from deltatune.routers.adapter_fusion import FusionAttention, FusionRegularisation
 from deltatune.train import Recipe, TrainOptions, fit, run

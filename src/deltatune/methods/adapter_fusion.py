@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.core import Adapter, Callback, DeltatuneError, Intervention, Method, Select, Site, Union, attach
-from deltatune.methods.trained import Fusion, Trained, Units
+from deltatune.methods.side_by_side import Fusion, Units
+from deltatune.methods.trained import Trained
 from deltatune.routers.adapter_fusion import FusionRegularisation
 
 
@@ -28,14 +29,13 @@ class AdapterFusion(Method):
     `methods`: theirs, where the tensors come later: in the file of a fusion. `saved`: what that holds; loading one
     without adapters needs them at the same names or folders."""
 
+    at: ClassVar[tuple[str, ...]] = ("call",)
     lr: ClassVar[float] = 5e-5
     adapters: tuple[str, ...] = ()
     methods: tuple[Method, ...] = ()
     dropout: float = 0.1
     regularisation: float = 0.01
     saved: Literal["with adapters", "without adapters"] = "with adapters"
-
-    at: ClassVar[tuple[str, ...]] = ("call",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,10 +93,10 @@ class AdapterFusion(Method):
     @staticmethod
     def prune(adapter: Adapter, k: int, seen: Mapping[str, Sequence[Tensor]], name: str) -> Adapter:
         """Attach a fusion of the k adapters with the most weight in `seen`, the mean over sites, called `name`."""
-        means = [torch.cat([a.flatten(0, -2) for a in found]).double().mean(0) for found in seen.values()]
-        if not 1 <= k <= (n := len(means[0])):
+        means = torch.stack([torch.cat([a.flatten(0, -2) for a in s]).double().mean(0) for s in seen.values()])
+        if not 1 <= k <= (n := means.shape[-1]):
             raise DeltatuneError(f"AdapterFusion: of {n} adapters 1 to {n} can be kept, not {k}")
-        kept, state = sorted(torch.stack(means).mean(0).topk(k).indices.tolist()), adapter.state_dict()
+        kept, state = sorted(means.mean(0).topk(k).indices.tolist()), adapter.state_dict()
         inside = ((p, at) for p, unit in adapter.units() for at, m in unit.named_modules() if isinstance(m, Fusion))
         for path in [f"{p}.{at}".rstrip(".") for p, at in inside]:
             for key in [k for k in state if k.startswith(f"{path}.adapters.")]:

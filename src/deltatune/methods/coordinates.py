@@ -12,10 +12,10 @@ from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core import Base, Delta, DeltatuneError, Method, Site
+from deltatune.kernels.sparse_linear import added, sparse_linear
 
 
 class Coordinates(Delta):
@@ -60,45 +60,14 @@ class Coordinates(Delta):
     def weight(self, w: Tensor) -> Tensor:
         v = self.difference()
         if self.watch is not None:
-            return self.watch(lambda: _added(w, v, self.places()) if v.any() else w)
+            return self.watch(lambda: added(w, v, self.places()) if v.any() else w)
         wide = torch.promote_types(w.dtype, v.dtype)
         return w.to(wide).reshape(-1).index_add(0, self.places(), v.to(wide)).view(w.shape)
 
     def forward(self, call: Base, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not call.is_linear or self.watch is not None:
             return super().forward(call, x, *args, **kwargs)
-        return _Linear.apply(x, call.weight, call.bias, self.difference(), self.places())
-
-
-class _Linear(torch.autograd.Function):
-    """x W'^T + b. The backward pass forms W' again, so that no copy of W waits for it, and gathers from dL/dW' at once.
-
-    x (..., in), w (out, in), b (out,) or None, v and i (k,)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, v: Tensor, i: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w, v, i)
-        return F.linear(x, _added(w, v, i).to(x.dtype), None if b is None else b.to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, v, i = ctx.saved_tensors
-        gx = gw = gb = gv = None
-        if ctx.needs_input_grad[0]:
-            gx = (gy @ _added(w, v, i).to(gy.dtype)).to(x.dtype)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            gw = gy.reshape(-1, gy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(gy.dtype)
-            gv = gw.reshape(-1).index_select(0, i).to(v.dtype)
-        if ctx.needs_input_grad[2]:
-            gb = gy.reshape(-1, gy.shape[-1]).sum(0)
-        return gx, gw.to(w.dtype) if ctx.needs_input_grad[1] else None, gb, gv, None  # type: ignore[union-attr]
-
-
-def _added(w: Tensor, v: Tensor, i: Tensor) -> Tensor:
-    """W' in the precision of W: the sums are made in the wider one and rounded, as merging does."""
-    flat, wide = w.reshape(-1), torch.promote_types(w.dtype, v.dtype)
-    sums = flat.index_select(0, i).to(wide) + v.to(wide)
-    return flat.index_copy(0, i.long(), sums.to(w.dtype)).view(w.shape)
+        return sparse_linear(x, call.weight, call.bias, self.difference(), self.places())
 
 
 @torch.no_grad()
