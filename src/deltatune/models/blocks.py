@@ -35,13 +35,19 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: 
     if not isinstance(mask, Blocks):
         plain = ALL_ATTENTION_FUNCTIONS.get_interface(PLAIN, _attend)
         return plain(module, query, key, value, mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return, operator]
+    return _laid_out(module, query, key, value, mask, scaling, **kwargs), None
+
+
+@torch.compiler.disable  # compiled, it would be so again for each batch: the lengths of a layout are Python numbers
+def _laid_out(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Blocks, scaling: float | None,
+              **kwargs: Any) -> Tensor:  # fmt: skip
     if (kwargs.get("sliding_window") or 0) >= mask.longest:
         kwargs["sliding_window"] = None
     if asked := [name for name in OTHERWISE if kwargs.get(name)]:
         raise Unsuitable(f"{type(module).__name__} asks for {asked[0]}={kwargs[asked[0]]}")
     if query.shape[2] != key.shape[2] or not getattr(module, "is_causal", True):
         raise Unsuitable(f"{type(module).__name__} does not attend to its own past alone")
-    return attend(query, key, value, mask, scaling), None
+    return attend(query, key, value, mask, scaling)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,42 +21,49 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @contextmanager
 def fused(model: nn.Module) -> Iterator[None]:
-    """Inside, such modules of `model` run the kernels."""
-    found: dict[Any, Any] = {}
-    changed = [(m, forward) for m in model.modules() if (forward := _forward(m, found)) is not None]
-    for module, forward in changed:
-        module.forward = forward
+    """Inside, such modules of `model` run the kernels: one class for all alike, so that a compiler sees one."""
+    found: dict[Any, type[nn.Module] | None] = {}
+    changed = [(m, plain, cls) for m in model.modules() if (cls := _class(m, found)) and (plain := type(m))]
+    for module, _, cls in changed:
+        module.__class__ = cls
     try:
         yield
     finally:
-        for module, _ in changed:
-            del module.forward
+        for module, plain, cls in changed:
+            if type(module) is cls:
+                module.__class__ = plain
 
 
-def _forward(module: Any, found: dict[Any, Any]) -> Callable[[Tensor], Tensor] | None:
-    """The kernel that stands for the module's forward; `found`: what was found of a class, and of its numbers."""
+def _class(module: Any, found: dict[Any, type[nn.Module] | None]) -> type[nn.Module] | None:
+    """The class that stands for the module's; `found`: what was found for a class, and its numbers."""
     if "forward" in vars(module) or module._forward_hooks or hasattr(type(module), "plain_class"):
         return None
     if set(module._parameters) == {"weight"} and not module._modules:
-        eps = next((getattr(module, name) for name in EPS if hasattr(module, name)), None)
-        key = type(module), eps
+        eps = next((name for name in EPS if hasattr(module, name)), "")
+        key = type(module), getattr(module, eps, None)
         if key not in found:
-            found[key] = isinstance(eps, float) and _is_rms_norm(module, eps)
-        return partial(_norm, module, eps) if found[key] else None
+            alike = isinstance(key[1], float) and _is_rms_norm(module, key[1])
+            found[key] = _derived(type(module), _norm(eps)) if alike else None
+        return found[key]
     if all(isinstance(module._modules.get(name), nn.Module) for name in PROJECTIONS) and not module._parameters:
         key = type(module), type(getattr(module, "act_fn", None))
         if key not in found:
-            found[key] = _is_gated(module)
-        return partial(_gated, module) if found[key] else None
+            found[key] = _derived(type(module), _gated) if _is_gated(module) else None
+        return found[key]
     return None
 
 
-def _norm(module: Any, eps: Any, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, eps)
+def _derived(cls: type[nn.Module], forward: Callable[[Any, Tensor], Tensor]) -> type[nn.Module]:
+    body = {"forward": forward, "plain_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), body)
 
 
-def _gated(module: Any, x: Tensor) -> Tensor:
-    return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-any-return]
+def _norm(eps: str) -> Callable[[Any, Tensor], Tensor]:
+    return lambda self, x: rms_norm(x, self.weight, getattr(self, eps))
+
+
+def _gated(self: Any, x: Tensor) -> Tensor:
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -85,8 +85,8 @@ class TrainOptions(BaseModel):
         for one, other in (("epochs", "max_steps"), ("tokens_per_step", "batch_size")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} say the same thing twice; give one of them")
-        if self.speed == "compile" and self.activation_checkpointing == "products":
-            raise ValueError("activation_checkpointing: products sees no products in compiled blocks; set it to blocks")
+        if self.speed == "compile" and self.activation_checkpointing != "none":
+            raise ValueError("speed: compile compiles nothing of blocks that are recomputed; leave one of them out")
         if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
             raise ValueError(f"warmup is a whole number of steps or a fraction below 1, got {self.warmup}")
         step, batch = self.tokens_per_step or TOKENS_PER_STEP, self.tokens_per_batch

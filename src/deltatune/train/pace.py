@@ -71,8 +71,7 @@ class Pace:
 @contextmanager
 def paced(model: nn.Module, speed: Speed, recompute: Recompute = "none") -> Iterator[Pace]:
     """Inside, blocks may be compiled; afterwards they are as they were."""
-    sees = recompute == "products"  # which it finds in blocks that run operation by operation
-    pace = Pace(model, "eager" if sees else speed)
+    pace = Pace(model, speed if recompute == "none" else "eager")  # torch runs what it recomputes uncompiled
     try:
         yield pace
     finally:
