@@ -60,7 +60,6 @@ def linear(x: Tensor, w: Tensor | Quantised, bias: Tensor | None, down: Tensor, 
     if (dtype := precision(x)) is None:
         return node(x, w, bias, down, up, *given)[0]  # type: ignore[no-any-return]
     x, down, up = (t.to(dtype) for t in (x, down, up))
-    w = w.to(dtype) if isinstance(w, Tensor) else w
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(kind(x), enabled=False):
         return node(x, w, bias, down, up, *given)[0]  # type: ignore[no-any-return]
@@ -92,8 +91,8 @@ def dropped(x: Tensor, p: float, seed: int | None) -> Tensor:
 
 
 def base(x: Tensor, w: Tensor | Quantised, bias: Tensor | None) -> Tensor:
-    """X W^T + b, (n, in) -> (n, out)."""
-    return w.product(x) if isinstance(w, Quantised) else F.linear(x, w, bias)
+    """X W^T + b, (n, in) -> (n, out). What autocast narrows of W is made again in backward rather than kept."""
+    return w.product(x) if isinstance(w, Quantised) else F.linear(x, w.to(x.dtype), bias)
 
 
 def scaled(y: Tensor, bias: Tensor | None, magnitude: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +172,7 @@ class _Linear(torch.autograd.Function):
         if needs_up:
             dup = inner(h, narrow, scale, up.t()).t()  # (r, out) runs faster than (out, r)
         if needs_x:
-            dx = torch.mm(g, w if ctx.quantised is None else ctx.quantised.weight().to(g.dtype))
+            dx = torch.mm(g, (w if ctx.quantised is None else ctx.quantised.weight()).to(g.dtype))
             if dropout or dx.dtype != down.dtype:
                 dx.add_(dropped(torch.mm(p, down), dropout, seed).to(dtype), alpha=scale)
             else:

@@ -64,7 +64,6 @@ def linear(x: Tensor, w: Tensor | Quantised, bias: Tensor | None, rows: Tensor, 
     node: Any = _Rows.apply if torch.is_grad_enabled() else _forward
     if (dtype := lowrank.precision(x)) is None:
         return node(x, w, bias, segments, *factors)[0]  # type: ignore[no-any-return]
-    w = w.to(dtype) if isinstance(w, Tensor) else w
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(kind(x), enabled=False):
         return node(x.to(dtype), w, bias, segments, *(f.to(dtype) for f in factors))[0]  # type: ignore[no-any-return]
@@ -144,8 +143,8 @@ class _Rows(torch.autograd.Function):
         xs: Any = None if x is None else x.reshape(shape[0], -1, shape[-1])
         dxs: Any = None
         if needs_x:
-            dense = w if ctx.quantised is None else ctx.quantised.weight().to(g.dtype)
-            dxs = torch.mm(g, dense).view(shape[0], -1, shape[-1])
+            dense = w if ctx.quantised is None else ctx.quantised.weight()
+            dxs = torch.mm(g, dense.to(g.dtype)).view(shape[0], -1, shape[-1])
         given: list[Tensor | None] = []
         for i, (rows, scale, dropout, seed) in enumerate(ctx.segments):
             (up, down), (needs_up, needs_down) = factors[2 * i : 2 * i + 2], needs[2 * i : 2 * i + 2]
