@@ -223,9 +223,9 @@ def nothing_shared() -> Iterator[None]:
 def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str = "blocks",
          without: tuple[Callable[[], Any], ...] = (), method: dt.Method | None = LORA, micro: int = TOKENS,
          lr: float = LR, **options: Any) -> dict[str, Any]:  # fmt: skip
-    """`method`: None for full fine-tuning. `micro`: tokens of a forward pass; a step is always `TOKENS`."""
-    model = base()
+    """`method`: None for full fine-tuning. `micro`: tokens of a forward pass; a step is about `TOKENS`."""
     full = method is None
+    model = base(torch.float32 if full else NATIVE)
     adapter = None if method is None else dt.attach(model, method)
     if full:
         model.requires_grad_(True)
@@ -235,7 +235,7 @@ def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str =
         told = TrainOptions(batch_size=ROWS, epochs=50, lr=lr)
     else:
         batches = Batches(examples, tokens_per_batch=micro, packing=packed != "padded", max_length=MAX_LENGTH,
-                          blocked=packed == "blocks", **how)  # fmt: skip
+                          blocked=packed == "blocks", group_by_length=packed == "padded", **how)  # fmt: skip
         told = TrainOptions(tokens_per_step=TOKENS, tokens_per_batch=micro, epochs=50, lr=lr, **options)
     seen: list[int] = []
     computed: list[tuple[int, int, int]] = []
@@ -244,10 +244,9 @@ def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str =
     def counted(plan: Any) -> Batch:
         made = collate(plan)
         seen.append(made.tokens)
-        lengths = made.blocks.lengths if made.blocks else [made.labels.shape[1]] * made.labels.shape[0]
-        begin = made.blocks.shared if made.blocks else 0
-        cells = sum(n * (n + 1) // 2 + n * begin for n in lengths)
-        computed.append((made.labels.numel(), made.trained_tokens, cells))
+        lengths, begin = (made.blocks.lengths, made.blocks.shared) if made.blocks else (documents(made), 0)
+        cells = begin * (begin + 1) // 2 + sum(n * (n + 1) // 2 + n * begin for n in lengths)
+        computed.append((begin + sum(lengths), made.trained_tokens, cells))
         return made
 
     with ExitStack() as stack, mock.patch.object(batches, "_collate", counted):
@@ -265,9 +264,15 @@ def ours(examples: list[Example], tokenizer: Any, clock: Clock, *, packed: str =
     }
 
 
+def documents(batch: Batch) -> list[int]:
+    """The tokens of each, packed or padded: what a layout without waste would compute."""
+    return [n for row in batch.segments for n in row[row >= 0].unique_consecutive(return_counts=True)[1].tolist()]
+
+
 def _flops(model: Any, batches: list[tuple[int, int, int]], full: bool) -> float:
-    """What training on these batches needs: 2 products of a frozen linear layer, 3 of one that trains, of the head for
-    trained positions alone; of attention 2 forward and 4 backward, over lower triangles; 6 of a pair of factors."""
+    """What training on batches of so many (tokens, trained tokens, pairs that attend) needs: 2 products of a frozen
+    linear layer, 3 of one that trains, of the head for trained positions alone; of attention 2 forward and 4 backward,
+    over lower triangles; 6 of a pair of factors."""
     c = model.config
     kv = c.num_key_value_heads * c.head_dim
     sizes = [(c.hidden_size, c.hidden_size), (c.hidden_size, kv), (c.hidden_size, kv), (c.hidden_size, c.hidden_size),
@@ -296,7 +301,7 @@ def gemm() -> float:
 
 STACKS: dict[str, Callable[..., Any]] = {
     "tutorial": lambda *a: trainer_padded(*a, torch.float32, ROWS),
-    "reference, native precision": lambda *a: trainer_padded(*a, NATIVE, ROWS),
+    "reference, bf16": lambda *a: trainer_padded(*a, torch.bfloat16, ROWS),
     "reference, larger batch by length": lambda *a: trainer_padded(
         *a, NATIVE, 12, train_sampling_strategy="group_by_length"),
     "reference, packed": lambda *a: trainer_packed(*a, NATIVE),
@@ -310,8 +315,11 @@ STACKS: dict[str, Callable[..., Any]] = {
     "+ shared beginnings": lambda *a: ours(*a),
     "in passes of 768 tokens": lambda *a: ours(*a, micro=768),
     "recomputing blocks": lambda *a: ours(*a, activation_checkpointing="blocks"),
+    "recomputing all but products": lambda *a: ours(*a, activation_checkpointing="products"),
+    "compiled blocks": lambda *a: ours(*a, speed="compile"),
     "full fine-tuning": lambda *a: ours(*a, method=None),
 }  # fmt: skip
+IN_FP32 = ("tutorial", "full fine-tuning")
 MADE: dict[str, Callable[[], dt.Method]] = {
     "one norm alone": lambda: dt.Tune(targets=r".*layers\.0\.input_layernorm"),  # the base's own passes
     "LoRA": lambda: dt.LoRA(r=R),
@@ -332,10 +340,6 @@ METHODS: dict[str, Callable[..., Any]] = {
 STACKS |= METHODS
 
 
-if NATIVE is torch.float32:
-    del STACKS["reference, native precision"]  # it would be the tutorial again
-
-
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("name", choices=STACKS)
@@ -346,7 +350,9 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     tokenizer, examples = rows(given.data)
-    weights = sum(p.numel() * p.element_size() for p in base().parameters())
+    bf16 = given.name == "reference, bf16"
+    dtype = torch.float32 if given.name in IN_FP32 else torch.bfloat16 if bf16 else NATIVE
+    weights = sum(p.numel() * p.element_size() for p in base(dtype).parameters())
     before = rss()
     ceiling = gemm()
     clock = Clock(given.seconds)

@@ -33,7 +33,7 @@ def losses(data: str, steps: int, fast: bool) -> list[float]:
     model = base()
     adapter = dt.attach(model, LORA)
     batches = Batches(examples, tokens_per_batch=TOKENS, packing=True, blocked=True, max_length=MAX_LENGTH)
-    told = TrainOptions(tokens_per_step=TOKENS, tokens_per_batch=TOKENS, max_steps=steps, lr=LR)
+    told = TrainOptions(tokens_per_step=TOKENS, tokens_per_batch=TOKENS, max_steps=steps, lr=LR, precision="fp32")
 
     def apart(plan: list[list[int]]) -> packing.Batch:
         return packing.padded([examples[i] for row in plan for i in row], tokenizer.pad_token_id or 0)
