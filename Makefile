@@ -51,14 +51,17 @@ docs: $(DEV) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict -q
 
 DATA ?= alpaca_en_demo.json
+BENCH = training.py:--data:$(DATA) training.py:--data:$(DATA):--only:methods parts.py:--data:$(DATA) \
+        curves.py:--data:$(DATA) shares.py adapter_drop.py overhead.py switching.py
 
-bench: $(DEV) ## speed, memory, switching and overhead against PEFT, on an otherwise idle machine: DATA=alpaca.json
+bench: $(DEV) ## speed and memory against PEFT, on an otherwise idle machine, into build/bench.md: DATA=alpaca.json
+	test -f $(DATA) || { echo "$(DATA): no such file; give rows in alpaca's format: make bench DATA=alpaca.json"; exit 2; }
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev,bench]"
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/training.py --data $(DATA)
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/training.py --data $(DATA) --only methods
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/curves.py --data $(DATA)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/overhead.py
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/switching.py
+	mkdir -p build && : > build/bench.md
+	set -e; for run in $(BENCH); do \
+	  printf '\n`%s`\n\n' "$$run" | tr : ' ' | tee -a build/bench.md; \
+	  HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$$(echo $$run | tr : ' ') > build/bench.part; \
+	  tee -a build/bench.md < build/bench.part; done
 
 wheel: $(DEV) ## build the wheel, install it into a bare environment, and use it there
 	rm -rf dist build && $(BIN)/python -m build -q --wheel

@@ -40,6 +40,7 @@ def base(hidden: int, layers: int) -> LlamaForCausalLM:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32, 1000])
     args.add_argument("--most", type=int, default=32)
