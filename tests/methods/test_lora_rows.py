@@ -6,6 +6,7 @@ from torch import nn
 
 import deltatune as dt
 from deltatune.core.units import Base
+from deltatune.kernels import lowrank_rows
 from deltatune.methods.lora import LowRank
 
 METHODS = {
@@ -141,3 +142,16 @@ def test_so_are_those_of_layers_with_another_forward(layer, grouped):
     for i, name in enumerate(("two", "one")):
         with dt.using(model, name):
             torch.testing.assert_close(mixed[i], model(x)[i], rtol=1e-12, atol=1e-12)
+
+
+def test_where_rows_lie_is_asked_once_a_batch(monkeypatch):
+    """Each asking waits for a device."""
+    model, asked = net("one", "two"), []
+    real = lowrank_rows._segments
+    monkeypatch.setattr(lowrank_rows, "_segments", lambda rows: asked.append(len(rows)) or real(rows))
+    for n, names in enumerate((["one", "two"], ["two", None, "one"]), 1):
+        dt.activate(model, router=dt.PerRow(names))
+        model(torch.randn(len(names), 12, dtype=torch.float64))  # two layers with both adapters
+        assert len(asked) == n
+    model(torch.randn(6, 12, dtype=torch.float64))  # beams: the rows twice
+    assert asked == [2, 3, 6]

@@ -11,12 +11,13 @@ gradient of Y[i] and P_i = G_i B_i:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from deltatune.kernels import lowrank
 from deltatune.kernels.device import kind
@@ -70,7 +71,17 @@ def linear(x: Tensor, w: Tensor | Quantised, bias: Tensor | None, rows: Tensor, 
 
 
 def segments_of(rows: Tensor) -> list[tuple[int, Rows]]:
-    """(i, its rows of the batch, in order) of every part that has any. A device waits for it once."""
+    """(i, its rows of the batch, in order) of every part that has any. `rows` is not
+    written to afterwards: a device waits for this once for each tensor."""
+    if rows not in _SEGMENTS:
+        _SEGMENTS[rows] = _segments(rows)
+    return _SEGMENTS[rows]
+
+
+_SEGMENTS: MutableMapping[Tensor, list[tuple[int, Rows]]] = WeakIdKeyDictionary()
+
+
+def _segments(rows: Tensor) -> list[tuple[int, Rows]]:
     found: list[tuple[int, Rows]] = []
     host = rows.cpu()
     for i in host.unique().tolist():

@@ -47,6 +47,7 @@ class PerRow(Router):
         self.told = tuple(names)
         self.rows = tuple(None if n is None else n.partition(".")[::2] for n in names)
         self.names = tuple(None if row is None else row[0] for row in self.rows)
+        self.made: dict[Any, Tensor] = {}  # so that a device is asked once a batch, not at every site
 
     def check(self, methods: Mapping[str, Any]) -> None:
         for name, task in dict.fromkeys(row for row in self.rows if row is not None):
@@ -61,8 +62,14 @@ class PerRow(Router):
         times, rest = divmod(x.shape[0], len(self.rows))
         if rest or not times:
             raise DeltatuneError(f"PerRow names {len(self.rows)} rows; this call's batch has {x.shape[0]}")
-        at = [adapters.index(row) if row in adapters else -1 for row in self.rows]
-        return torch.tensor(at, device=x.device).repeat_interleave(times)
+        key = tuple(adapters), times, x.device
+        if torch.compiler.is_compiling() or key not in self.made:
+            at = [adapters.index(row) if row in adapters else -1 for row in self.rows]
+            made = torch.tensor(at, device=x.device).repeat_interleave(times)
+            if torch.compiler.is_compiling():
+                return made
+            self.made[key] = made
+        return self.made[key]
 
     def route(self, names: Sequence[str], units: Mapping[str, Sequence[Intervention]], bind: Callable[..., Base],
               args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:  # fmt: skip
