@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs_of import run_on_llama
 from torch import Tensor, nn
 
 import deltatune as dt
@@ -172,6 +174,37 @@ def test_resumes_bit_for_bit(stop: int) -> None:
     run.step = stop
     go(run, events, steps)
     assert all(torch.equal(a, b) for a, b in zip(adapter.parameters(), rest.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("t_final", [0, 4])
+def test_weights_are_kept_from_the_final_choice_on(t_final: int) -> None:
+    """The step that is kept first is the one whose choice is for good, not the one before."""
+    steps, (rule,) = 20, method(t_final=t_final).callbacks()
+    _, adapter, run, events = begin(method(t_final=t_final), steps)
+    assert run.keep_from == steps - t_final
+    go(run, events, run.keep_from)
+    final = [u.e != 0 for _, u in adapter.units()]
+    assert sum(int(f.sum()) for f in final) == rule.budget(steps, steps, 10) < rule.budget(5, steps, 10)
+    go(run, events, steps)
+    assert all(torch.equal(u.e != 0, f) for (_, u), f in zip(adapter.units(), final, strict=True))
+
+
+def test_a_later_step_to_keep_from_stands() -> None:
+    _, adapter, run, _ = begin(method(), 20)
+    (rule,) = adapter.callbacks()
+    run.keep_from = 18
+    rule.start(run)
+    assert run.keep_from == 18
+
+
+@pytest.mark.parametrize(("stop", "early_stop"), [(4, 2), (10, None)])
+def test_a_whole_run_keeps_the_final_budget(stop: int, early_stop: int | None, tmp_path: Path) -> None:
+    """Through `fit`, interrupted before and after the final choice; the loss on the held-out rows is least early on."""
+    pruned = dt.AdaLoRA(target_r=1, init_r=4, t_init=2, t_final=3)
+    adapter, result = run_on_llama(pruned, tmp_path, stop=stop, steps=12, lr=5e-2, early_stop=early_stop)
+    left = [int((u.e != 0).sum()) for _, u in adapter.units()]
+    assert sum(left) == len(left)
+    assert result.best is not None and result.best["step"] == result.kept >= 9
 
 
 def test_dropping_zero_triplets_changes_nothing() -> None:

@@ -9,8 +9,9 @@ After the optimizer's step t all triplets of the adapter are compared, and l_i o
            int(b_T + (b_0 - b_T) (1 - (t - t_init) / (T - t_init - t_final))^3)     every `every` steps    (eq. 12)
            b_T                                                   t >= T - t_final, the choice of T - t_final for good
 
-A zeroed l_i may grow back, and be chosen again, until then. The penalty is that of the authors' code, the mean over all
-P and Q of ||P' P - 1||_F and ||Q Q' - 1||_F, which the paper sums and squares (eq. 4).
+A zeroed l_i may grow back, and be chosen again, until then, so no earlier weights are kept as the best of a run. The
+penalty is that of the authors' code, the mean over all P and Q of ||P' P - 1||_F and ||Q Q' - 1||_F, which the paper
+sums and squares (eq. 4).
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class RankAllocation(Callback):
                 f"AdaLoRA: t_init={self.t_init} and t_final={self.t_final} leave no step of {run.steps} to prune in;"
                 " lower them, or train longer"
             )
+        run.keep_from = max(run.keep_from, run.steps - self.t_final)
         return _Allocation(self, run)
 
 

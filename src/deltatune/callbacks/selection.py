@@ -83,7 +83,7 @@ class TwoPhases(Events):
                 f"{type(self.method).__name__}: a first phase of {self.share} of {run.steps} steps leaves no "
                 "step for the second; shorten it, or train longer"
             )
-        run.keep_from = self.turn + 1
+        run.keep_from = max(run.keep_from, self.turn + 1)
         for u in self.units:
             u.move_to(torch.arange(u.size, device=u.indices.device))
 
@@ -102,7 +102,7 @@ class TwoPhases(Events):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.turn = int(state["turn"])
-        self.run.keep_from = self.turn + 1
+        self.run.keep_from = max(self.run.keep_from, self.turn + 1)
 
 
 def is_chosen(units: Units) -> bool:

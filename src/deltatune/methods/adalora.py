@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from deltatune.callbacks.adalora import RankAllocation
 from deltatune.core import Base, Callback, Delta, DeltatuneError, Method, Site
 
+STD = 0.02  # of P and Q at the start
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Method):
@@ -64,8 +66,8 @@ class Triplets(Delta):
     def __init__(self, site: Site, r: int, s: float, dropout: float = 0.0) -> None:
         super().__init__()
         self.s = s
-        self.a = nn.Parameter(torch.empty(r, site.shape.in_, **site.like).normal_(std=0.02))
-        self.b = nn.Parameter(torch.empty(site.shape.out, r, **site.like).normal_(std=0.02))
+        self.a = nn.Parameter(torch.empty(r, site.shape.in_, **site.like).normal_(std=STD))
+        self.b = nn.Parameter(torch.empty(site.shape.out, r, **site.like).normal_(std=STD))
         self.e = nn.Parameter(torch.zeros(r, 1, **site.like))
         self.dropout = nn.Dropout(dropout)
 
