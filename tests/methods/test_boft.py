@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors_made import Made
 from torch import nn
 
 import deltatune as dt
@@ -97,6 +98,20 @@ def test_products_stay_orthogonal_in_single_precision(b, m, d):
     r = unit.turn(torch.eye(d), unit.rotations()).detach().double()
     assert (r.T @ r - torch.eye(d)).abs().max() < 1e-6
     torch.testing.assert_close(r, dense(unit, b, d), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dropout", [{}, {"p1": 0.5, "p2": 0.5}], ids=["plain", "dropout"])
+def test_nothing_of_the_size_of_the_rotation_is_made(dropout):
+    """Three factors of 32 blocks hold a tenth of what R does, and their product is never formed."""
+    net, unit = one(dt.BOFT(block_size=4, m=3, magnitude="learned", targets="0", **dropout), 128)
+    x = torch.randn(3, 128, dtype=torch.double, requires_grad=True)
+    with Made() as made:
+        net.train()(x).sum().backward()
+    assert unit.rotations().numel() <= made.largest < 128 * 128 / 8
+    assert unit.q.grad.any() and unit.d.grad.any() and x.grad is not None
+    with Made() as made:
+        unit.turn(torch.eye(128, dtype=torch.double), unit.rotations())
+    assert made.largest == 128 * 128  # the count can fail
 
 
 def test_counts_and_start():

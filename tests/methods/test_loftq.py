@@ -1,4 +1,5 @@
-"""LoftQ (arXiv:2310.08659) and QPiSSA (arXiv:2404.02948) on a base in NF4, against loops in float64 written here."""
+"""LoftQ (arXiv:2310.08659) and QPiSSA (arXiv:2404.02948) on a base in NF4, against loops in float64 written here, and
+what holds on the other kinds of base."""
 
 from __future__ import annotations
 
@@ -94,7 +95,13 @@ def gaps(net, adapter, folder) -> dict[str, float]:  # type: ignore[no-untyped-d
 
 
 def bits(net) -> dict[str, torch.Tensor]:  # type: ignore[no-untyped-def]
-    return {k: v.as_subclass(torch.Tensor).clone() for k, v in net.state_dict().items() if "adapters" not in k}
+    """Every stored value of the base, as it is stored."""
+    found = {}
+    for k, v in net.state_dict().items():
+        parts = v.__tensor_flatten__()[0] if hasattr(v, "__tensor_flatten__") else ()
+        stored = {f"{k}.{part}": getattr(v, part) for part in parts} or {k: v.as_subclass(torch.Tensor)}
+        found.update({name: t.clone() for name, t in stored.items() if "adapters" not in name})
+    return found
 
 
 def same(one, other) -> bool:  # type: ignore[no-untyped-def]
@@ -168,6 +175,26 @@ def test_the_model_starts_nearer_to_the_one_that_was_quantised(net, folder) -> N
         started[name] = ((twin(**given).logits - want).norm() / want.norm()).item()
     assert started["loftq, 5"] < started["loftq"] < started["qlora"], started
     assert started["qpissa, 5"] < started["qpissa"] < started["qlora"], started
+
+
+@pytest.mark.parametrize("init", [dt.LoftQ(), dt.LoftQ(iterations=3), dt.QPiSSA(), dt.QPiSSA(iterations=3)], ids=str)
+@pytest.mark.parametrize("kind", ["int8", "torchao-int8", "torchao-int4"])
+def test_on_other_codes_the_start_is_nearer_and_detaching_is_exact(kind, init, folder) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("torchao")
+    net, full = load_base(folder, quantize=kind, dtype=torch.float32), whole(folder)
+    given, before = inputs(net), bits(net)
+    want, apart = net(**given).logits, {}
+    for path, m in full.named_modules():
+        if layers.is_quantised(at := net.get_submodule(path)):
+            apart[path] = torch.linalg.matrix_norm(m.weight.double() - layers.read(at, "weight").double()).item()
+    adapter = dt.attach(net, dt.LoRA(r=16, init=init))
+    rewritten = isinstance(init, dt.QPiSSA) or init.iterations > 1
+    assert same(bits(net), before) is not rewritten
+    started = gaps(net, adapter, folder)
+    assert started.keys() == apart.keys() and all(started[path] < 0.9 * apart[path] for path in apart)
+    assert (net(**given).logits - full(**given).logits).norm() < 0.9 * (want - full(**given).logits).norm()
+    dt.detach(net)
+    assert same(bits(net), before) and torch.equal(net(**given).logits, want)
 
 
 def test_a_weight_that_the_codes_hold_exactly_needs_no_factors(net, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from peft.optimizers import create_lorafa_optimizer
 from torch import Tensor, nn
 
@@ -100,6 +101,45 @@ def test_the_inverse_follows_a_that_something_wrote_to() -> None:
     events.on_grads(run)
     a = unit(run).a
     torch.testing.assert_close(1.5 * unit(run).b.grad @ a, full @ torch.linalg.pinv(a) @ a, rtol=1e-6, atol=1e-6)
+
+
+def blocks(n: int, method: dt.core.Method) -> tuple[nn.Module, dt.Adapter]:
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(IN, IN)) for _ in range(n))).double()
+    return net, dt.attach(net, method)
+
+
+def test_a_product_that_sites_share_is_projected_once() -> None:
+    """The least squares of s g A against the sum of the sites' full gradients."""
+    net, adapter = blocks(3, dt.LoRADrop(r=R, alpha=6, kept=(), targets=nn.Linear))
+    a, b = adapter.parameters()
+    events = dt.LoRAFA().start(Run(net, adapter, 1))
+    nn.init.normal_(b)
+    x = torch.randn(32, IN, dtype=torch.float64)
+    net(x).square().mean().backward()
+    weights = [unit.weight(m.weight).detach().requires_grad_() for _, m, unit, _ in adapter.sites()]
+    for w, (linear,) in zip(weights, net, strict=True):
+        x = F.linear(x, w, linear.bias)
+    full = sum(torch.autograd.grad(x.square().mean(), weights))
+    events.on_grads(Run(net, adapter, 1))
+    nearest = torch.linalg.lstsq((6 / R * a).T, full.T).solution.T
+    torch.testing.assert_close(b.grad, nearest, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", ["a", "s"])
+def test_a_shared_b_without_one_projection_is_refused(other: str) -> None:
+    net, adapter = blocks(2, dt.LoRA(r=R, targets=nn.Linear))
+    (_, first), (_, second) = adapter.units()
+    second.b = first.b
+    if other == "s":
+        second.a, second.s = first.a, 2 * first.s
+    with pytest.raises(dt.DeltatuneError, match=r"1\.0\.0 shares its B .* another A or scale.*gradient=\"plain\""):
+        dt.LoRAFA().start(Run(net, adapter, 1))
+    assert first.a.requires_grad and second.a.requires_grad
+    events = dt.LoRAFA(gradient="plain").start(Run(net, adapter, 1))
+    assert [p for p in adapter.parameters() if p.requires_grad] == [first.b]
+    events.on_train_end(Run(net, adapter, 1))
+    assert all(p.requires_grad for p in adapter.parameters())
 
 
 def test_the_plain_gradient_is_that_of_lora() -> None:

@@ -34,6 +34,17 @@ def test_phase_one_is_full_fine_tuning_and_its_largest_changes_are_the_mask() ->
     assert same(changed(model), marked(adapter)) and sum(int(m.sum()) for m in changed(model).values()) == int(0.1 * n)
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_outside_the_mask_every_coordinate_stays_bit_for_bit(weight_decay: float) -> None:
+    model, adapter, run, events = begin(dt.LTSFT(**TENTH), 10, weight_decay=weight_decay)
+    went: list[dict[str, torch.Tensor]] = []
+    go(run, events, 5)
+    go(run, events, 10, lambda step: went.append(changed(model)))
+    assert len(went) == 5 and all(same(places, marked(adapter)) for places in went)
+    assert sum(int(places.sum()) for places in went[-1].values()) == 10
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in network().named_parameters())
+
+
 def test_phase_two_with_every_place_is_full_fine_tuning_from_the_base() -> None:
     model, adapter, run, events = begin(dt.LTSFT(targets=nn.Linear, density=1.0, full=0.5), 8, weight_decay=0)
     go(run, events, 4)

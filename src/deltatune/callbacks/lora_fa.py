@@ -7,7 +7,8 @@ arXiv:2308.03303
 With A frozen the backward pass of B needs h = A x, r numbers a token, and no longer x, `in` numbers. Of all steps of B,
 g_B' moves W' nearest to the full gradient: s g_B' A is the projection of G onto the row space of A, the minimum of
 || s g A - G ||_F over g. A A^T + 1e-8 is inverted in fp32 or wider, once, for A does not change. The projected gradient
-is what is clipped and given to the optimizer. `gradient="plain"` is the paper's first version.
+is what is clipped and given to the optimizer. `gradient="plain"` is the paper's first version. Sites that share B A,
+as in LoRA-drop, move together: G is the sum of theirs, and g_B is projected once.
 """
 
 from __future__ import annotations
@@ -33,26 +34,35 @@ class LoRAFA(Callback):
             raise DeltatuneError(f"LoRAFA: gradient is 'projected' or 'plain', got {self.gradient!r}")
 
     def start(self, run: Run) -> _Frozen:
-        units = () if run.adapter is None else (m for _, u in run.adapter.units() for m in u.modules())
-        pairs = [m for m in units if isinstance(m, Staged) and sorted(m.roles.values()) == ["down", "up"]]
+        modules = () if run.adapter is None else ((name, m) for name, u in run.adapter.units() for m in u.modules())
+        pairs = [(n, m) for n, m in modules if isinstance(m, Staged) and sorted(m.roles.values()) == ["down", "up"]]
         if not pairs:
             raise DeltatuneError("LoRAFA: nothing in training is a product B A; use it with LoRA, or DoRA around it")
         return _Frozen(pairs, projected=self.gradient == "projected")
 
 
 class _Frozen(Events):
-    def __init__(self, deltas: list[Any], *, projected: bool) -> None:
-        self.projected = projected
-        self.triples: list[tuple[nn.Parameter, nn.Parameter, float]] = []
-        for delta in deltas:
-            at = {role: getattr(delta, name) for name, role in delta.roles.items()}
-            at["down"].requires_grad_(False)  # before the optimizer is made, so that it gets B alone
-            self.triples.append((at["down"], at["up"], delta.s))
+    def __init__(self, deltas: list[tuple[str, Any]], *, projected: bool) -> None:
+        self.frozen: set[nn.Parameter] = set()
+        self.products: dict[nn.Parameter, tuple[nn.Parameter, float]] = {}  # of each B that is projected, A and s
+        for name, delta in deltas:
+            at = {role: getattr(delta, key) for key, role in delta.roles.items()}
+            a, b = at["down"], at["up"]
+            self.frozen.add(a)
+            if projected:
+                other, s = self.products.setdefault(b, (a, delta.s))
+                if other is not a or s != delta.s:
+                    raise DeltatuneError(
+                        f"LoRAFA: {name} shares its B with a unit of another A or scale, so B has no one projected "
+                        'gradient; share A and the scale as well, or give gradient="plain"'
+                    )
+        for a in self.frozen:
+            a.requires_grad_(False)  # before the optimizer is made, so that it gets B alone
         self.inverses: dict[nn.Parameter, tuple[int, Tensor]] = {}
 
     @torch.no_grad()
     def on_grads(self, run: Run) -> None:
-        for a, b, s in self.triples if self.projected else ():
+        for b, (a, s) in self.products.items():
             if b.grad is not None:
                 wide = torch.promote_types(b.grad.dtype, torch.float32)
                 b.grad.copy_(b.grad.to(wide) @ self._inverse(a).to(wide) / s**2)
@@ -68,5 +78,5 @@ class _Frozen(Events):
         return inverse
 
     def on_train_end(self, run: Run) -> None:
-        for a, _, _ in self.triples:
+        for a in self.frozen:
             a.requires_grad_(True)

@@ -100,8 +100,12 @@ def draw(rows: Sequence[Row], title: str) -> bytes | None:
     heights = [float(row.eval_accuracy if accurate else row.eval_loss) for row in finished]  # type: ignore[arg-type]
     colours = [_MERGES if row.merges else _APART for row in finished]
     figure = Figure(figsize=(13, max(4.8, 1.6 + 0.17 * len(finished))), dpi=130, layout="constrained")
-    canvas, (*axes, key) = FigureCanvasAgg(figure), figure.subplots(1, 3, width_ratios=(1, 1, 0.35))
-    sides = (("trained", "trained parameters", "log"), ("seconds", "seconds of training", "linear"))
+    both = (("trained", "trained parameters", "log"), ("seconds", "seconds of training", "linear"))
+    sides = [side for side in both if all(getattr(row, side[0]) is not None for row in finished)]
+    canvas, (*axes, key) = (
+        FigureCanvasAgg(figure),
+        figure.subplots(1, len(sides) + 1, width_ratios=(*(1 for _ in sides), 0.35)),
+    )
     for side, (name, label, scale) in zip(axes, sides, strict=True):
         side.set_xscale(scale)
         side.scatter([getattr(row, name) for row in finished], heights, s=34, c=colours)
