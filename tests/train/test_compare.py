@@ -171,6 +171,20 @@ def test_the_base_itself_and_every_weight(recipe: Recipe, tmp_path: Path, monkey
     assert re.search(r"\| base \|  \| \d", text) and "| full | 0.0001 |" in text
 
 
+def test_the_base_of_a_comparison_on_four_bits_is_quantised(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_apart", without_a_process)
+    four = recipe.model_copy(update={"quantize": "nf4"})
+    (row,), (whole,) = (
+        compare(r, entrants(["base"]), Budget(steps=1), tmp_path / str(r.quantize)) for r in (four, recipe)
+    )
+    assert row.failed is None and row.trained is None
+    model, ready = load_base(recipe.base, dtype="float32", quantize="nf4"), prepare(recipe)
+    assert ready.held_out is not None
+    held_out = Batches(ready.held_out.examples, batch_size=6, pad=ready.tokenizer.pad_token_id)
+    assert row.eval_loss == pytest.approx(evaluate(model, held_out)["eval_loss"], abs=1e-5)
+    assert row.eval_loss != whole.eval_loss
+
+
 def test_several_learning_rates_of_which_the_best_is_shown(recipe: Recipe, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_apart", without_a_process)
     wanted = entrants(["base", "LoRA"], (1.0, 100.0))

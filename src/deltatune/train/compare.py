@@ -93,7 +93,8 @@ def recipe_for(recipe: Recipe, entrant: Entrant, budget: Budget, output: Path) -
     steps = _steps(recipe, budget)
     ends = {"eval_every": steps, "save_every": steps}  # evaluation and checkpoints at the end alone
     train = ends | kept | dict(entrant.train) | {"max_steps": steps, "lr": entrant.lr, "log_every": 1}
-    mine = {"method": entrant.spec if entrant.trains else FULL, "callbacks": list(entrant.callbacks)}
+    idle = FULL if recipe.quantize is None else "lora"  # of the base, which trains nothing; 4 bits cannot train whole
+    mine = {"method": entrant.spec if entrant.trains else idle, "callbacks": list(entrant.callbacks)}
     return Recipe.of({**told, "data": data, "train": train, **mine, "output": str(output)})
 
 
