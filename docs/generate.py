@@ -10,25 +10,30 @@ import torch
 from mkdocs.structure.files import File, Files
 
 import deltatune as dt
-from deltatune.core import Callback, Delta, Init, Method, Router
+from deltatune.core import Callback, Init, Method, Router
 from deltatune.models.tiny import tiny
 
-PROBED = ("llama", "gpt2", "bloom", "bert", "t5")
+PROBED = ("llama", "gpt2", "bloom", "opt", "bert", "roberta", "t5", "bart")
+# for defaults that no tiny model can have: no adapters are named, a share of it is less than one of each component
+REFERENCES: dict[str, Method] = {
+    "AdapterFusion": dt.AdapterFusion(adapters=("a", "b"), methods=(dt.Pfeiffer(), dt.Pfeiffer())),
+    "S4": dt.S4(budget=1500),
+}
 KINDS = {Method: "Methods", Init: "Initialisations", Callback: "Callbacks", Router: "Routers"}
 
 
 def capabilities(cls: type[Method]) -> dict[str, Any]:
-    """What the defaults of a method do on tiny models: where they attach, whether they merge, what they train."""
+    """What a method does on tiny models: where it attaches, whether it merges, what it trains."""
     row: dict[str, Any] = {"architectures": [], "merges": False, "trained": 0}
     for architecture in PROBED:
         torch.manual_seed(0)
         model = tiny(architecture)
         try:
-            adapter = dt.attach(model, cls())
-        except (dt.DeltatuneError, TypeError):
+            adapter = dt.attach(model, REFERENCES.get(cls.__name__) or cls())
+        except dt.DeltatuneError:
             continue
         row["architectures"].append(architecture)
-        row["merges"] = all(isinstance(u, Delta) for _, u in adapter.units())
+        row["merges"] = adapter.mergeable
         row["trained"] = row["trained"] or sum(p.numel() for p in adapter.parameters())
     return row
 
@@ -48,10 +53,12 @@ def page() -> str:
     out = [
         "# Methods",
         "",
-        "What each does with its defaults, found by attaching it to a tiny model of each architecture.",
+        "What each does with its defaults, found by attaching it to a tiny model of each architecture; AdapterFusion",
+        "fuses two of Pfeiffer's adapters there, and S4 trains 1,500 parameters a block.",
         "",
     ]
-    out += [matrix(), "", "A dash: it refuses, and says why (BitFit needs biases, which Llama and T5 do not have).", ""]
+    why = "BitFit, of which S4 has some, needs biases, which Llama and T5 do not have"
+    out += [matrix(), "", f"A dash: it refuses, and says why ({why}).", ""]
     for kind, title in KINDS.items():
         out += [f"## {title}", ""]
         for name, cls in sorted(dt.methods().items()):

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from deltatune.kernels import attention
 from deltatune.kernels.attention import Blocks, attend
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
-def tensors(blocks, heads=4, kv=2, d=3, dtype=torch.float64, seed=0):
+
+def tensors(blocks, heads=4, kv=2, d=3, dtype=torch.float64, seed=0, device="cpu"):
     g = torch.Generator().manual_seed(seed)
     sizes = (heads, kv, kv)
-    return [torch.randn(1, n, blocks.total, d, generator=g, dtype=dtype).requires_grad_() for n in sizes]
+    return [torch.randn(1, n, blocks.total, d, generator=g, dtype=dtype).to(device).requires_grad_() for n in sizes]
 
 
 def sees(blocks, i, j):
@@ -66,20 +68,52 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, blocks), tensors(blocks))
 
 
-def test_long_documents_in_single_precision_agree_with_a_mask():
-    blocks = Blocks(24, (300, 129, 1, 128))
-    q, k, v = tensors(blocks, 4, 2, 16, torch.float32)
+def masked(q, k, v, blocks, scale=None):
+    """By torch, with a mask, in double precision."""
     mask = torch.tensor([[sees(blocks, i, j) for j in range(blocks.total)] for i in range(blocks.total)])
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
-    torch.testing.assert_close(attend(q, k, v, blocks), want, atol=2e-6, rtol=1e-5)
+    q, k, v = (t.double() for t in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.to(q.device), scale=scale, enable_gqa=True
+    )
+    return y.transpose(1, 2)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_flex_attention_has_the_same_layout():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("blocks", [Blocks(24, (300, 129, 1, 128)), Blocks(0, (5, 70))], ids=["long", "short"])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
+def test_single_precision_and_its_gradients_agree_with_a_mask(blocks, heads, device):
+    q, k, v = tensors(blocks, *heads, 16, torch.float32, device=device)
+    got, want = attend(q, k, v, blocks), masked(q, k, v, blocks)
+    near = {"atol": 2e-6, "rtol": 1e-5} if device == "cpu" else {"atol": 1e-5, "rtol": 1e-4}
+    torch.testing.assert_close(got.double(), want, **near)
+    g = torch.randn(want.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    mine, theirs = torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g.double())
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_runs_the_products_in_its_precision(device):
     blocks = Blocks(3, (5, 130, 2))
-    q, k, v = (t.detach() for t in tensors(blocks, 4, 2, 16, torch.float32))
+    q, k, v = tensors(blocks, 4, 2, 16, torch.float32, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        got = attend(q, k, v, blocks)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.double(), masked(q, k, v, blocks), atol=0.05, rtol=0.05)
+    got.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 and t.grad.isfinite().all() for t in (q, k, v))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", DEVICES)
+def test_flex_attention_has_the_same_layout(device):
+    blocks = Blocks(3, (5, 130, 2))
+    q, k, v = (t.detach() for t in tensors(blocks, 4, 2, 16, torch.float32, device=device))
     got = attention.flex_attention(q, k, v, block_mask=blocks.mask(q.device), scale=0.25, enable_gqa=True)
-    torch.testing.assert_close(got.transpose(1, 2), attend(q, k, v, blocks, 0.25), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.transpose(1, 2), attend(q, k, v, blocks, 0.25), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(got.transpose(1, 2).double(), masked(q, k, v, blocks, 0.25), atol=1e-5, rtol=1e-4)
     assert blocks.mask(q.device) is blocks.mask(q.device)
 
 

@@ -8,10 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltatune.kernels import lowrank
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 N, IN, OUT, R = 5, 6, 7, 3
 
+on_each = pytest.mark.parametrize("device", DEVICES)
 
-def tensors(dtype=torch.float64, trained="x down up bias w", transposed=False, batch=(N,)):
+
+def tensors(device, dtype=torch.float64, trained="x down up bias w", transposed=False, batch=(N,)):
     g = torch.Generator().manual_seed(0)
     shapes = {
         "x": (*batch, IN),
@@ -20,8 +23,15 @@ def tensors(dtype=torch.float64, trained="x down up bias w", transposed=False, b
         "down": (R, IN),
         "up": (OUT, R),
     }
-    made = {k: torch.randn(s, generator=g, dtype=dtype).requires_grad_(k in trained.split()) for k, s in shapes.items()}
+    made = {k: torch.randn(s, generator=g, dtype=dtype).to(device) for k, s in shapes.items()}
+    for k, t in made.items():
+        t.requires_grad_(k in trained.split())
     return made, made["w"].T if transposed else made["w"]
+
+
+def mask_of(seed, p, x):
+    """What the kernel hides of x (n, in): drawn on its device, from the seed."""
+    return torch.empty_like(x).bernoulli_(1 - p, generator=torch.Generator(x.device).manual_seed(seed))
 
 
 def explicit(x, w, bias, down, up, scale, mask, keep):
@@ -31,11 +41,12 @@ def explicit(x, w, bias, down, up, scale, mask, keep):
     return y if bias is None else y + bias
 
 
+@on_each
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradients_in_double_precision(dropout, biased, transposed):
-    made, w = tensors(transposed=transposed, batch=(2, N))
+def test_gradients_in_double_precision(dropout, biased, transposed, device):
+    made, w = tensors(device, transposed=transposed, batch=(2, N))
     bias = made["bias"] if biased else None
     leaves = [made["x"], made["w"], made["down"], made["up"], *([bias] if biased else [])]
 
@@ -43,23 +54,21 @@ def test_gradients_in_double_precision(dropout, biased, transposed):
         return lowrank.linear(x, w.T if transposed else w, bias, down, up, 0.7, dropout, seed=11)
 
     assert torch.autograd.gradcheck(run, leaves)
-    mask = torch.ones(2, N, IN, dtype=torch.float64)
-    if dropout:
-        generator = torch.Generator().manual_seed(11)
-        mask = torch.empty(2 * N, IN, dtype=torch.float64).bernoulli_(0.5, generator=generator).view(2, N, IN)
+    mask = mask_of(11, dropout, made["x"].detach().flatten(0, 1)).view(2, N, IN) if dropout else 1.0
     want = explicit(made["x"], w, bias, made["down"], made["up"], 0.7, mask, 1 - dropout)
     torch.testing.assert_close(run(*leaves), want)
 
 
+@on_each
 @settings(max_examples=40, deadline=None)
-@given(st.sets(st.sampled_from(["x", "down", "up", "bias", "w"]), min_size=1), st.sampled_from([0.0, 0.3]))
-def test_whatever_trains_gets_its_gradient_and_nothing_else(trained, dropout):
-    made, w = tensors(trained=" ".join(trained))
+@given(trained=st.sets(st.sampled_from(["x", "down", "up", "bias", "w"]), min_size=1),
+       dropout=st.sampled_from([0.0, 0.3]))  # fmt: skip
+def test_whatever_trains_gets_its_gradient_and_nothing_else(trained, dropout, device):
+    made, w = tensors(device, trained=" ".join(trained))
     y = lowrank.linear(made["x"], w, made["bias"], made["down"], made["up"], 2.0, dropout, seed=5)
-    g = torch.randn(N, OUT, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    g = torch.randn(N, OUT, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(device)
     y.backward(g)
-    generator = torch.Generator().manual_seed(5)
-    mask = torch.empty(N, IN, dtype=torch.float64).bernoulli_(1 - dropout, generator=generator) if dropout else 1.0
+    mask = mask_of(5, dropout, made["x"].detach()) if dropout else 1.0
     copies = {k: t.detach().clone().requires_grad_(k in trained) for k, t in made.items()}
     explicit(copies["x"], copies["w"], copies["bias"], copies["down"], copies["up"], 2.0, mask, 1 - dropout).backward(g)
     for name, t in made.items():
@@ -68,8 +77,8 @@ def test_whatever_trains_gets_its_gradient_and_nothing_else(trained, dropout):
             torch.testing.assert_close(t.grad, copies[name].grad)
 
 
-def saved(trained):
-    made, w = tensors(torch.float32, trained, batch=(64,))
+def saved(trained, device):
+    made, w = tensors(device, torch.float32, trained, batch=(64,))
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t) or t, lambda t: t):
         lowrank.linear(made["x"], w, None, made["down"], made["up"], dropout=0.5)
@@ -77,15 +86,17 @@ def saved(trained):
     return sum(t.nbytes for t in sizes if t.data_ptr() not in parameters)
 
 
-def test_the_input_is_kept_only_if_down_trains():
-    assert saved("x up") == 64 * R * 4  # LoRA-FA: X A^T alone, r numbers a token
-    assert saved("x down") == 64 * IN * 4
-    assert saved("x down up") == 64 * (IN + R) * 4
-    assert saved("x") == 0
+@on_each
+def test_the_input_is_kept_only_if_down_trains(device):
+    assert saved("x up", device) == 64 * R * 4  # LoRA-FA: X A^T alone, r numbers a token
+    assert saved("x down", device) == 64 * IN * 4
+    assert saved("x down up", device) == 64 * (IN + R) * 4
+    assert saved("x", device) == 0
 
 
-def test_the_mask_is_drawn_anew_each_time_and_has_the_right_mean():
-    made, w = tensors(torch.float32, "", batch=(4,))
+@on_each
+def test_the_mask_is_drawn_anew_each_time_and_has_the_right_mean(device):
+    made, w = tensors(device, torch.float32, "", batch=(4,))
     torch.manual_seed(3)
     ys = torch.stack([lowrank.linear(made["x"], w, None, made["down"], made["up"], 1.0, 0.5) for _ in range(4000)])
     assert not torch.equal(ys[0], ys[1])
@@ -93,7 +104,8 @@ def test_the_mask_is_drawn_anew_each_time_and_has_the_right_mean():
     torch.testing.assert_close(ys.mean(0), want, atol=0.25, rtol=0)
 
 
-def test_the_work_is_two_small_products_forward_and_at_most_four_backward():
+@on_each
+def test_the_work_is_two_small_products_forward_and_at_most_four_backward(device):
     class Products(TorchDispatchMode):
         seen: list[int]
 
@@ -106,7 +118,7 @@ def test_the_work_is_two_small_products_forward_and_at_most_four_backward():
 
     counter = Products()
     for trained, extra in (("x down up", 4), ("x up", 3), ("down up", 3), ("up", 1), ("x", 2)):
-        made, w = tensors(torch.float32, trained)
+        made, w = tensors(device, torch.float32, trained)
         counter.seen = []
         with counter:
             lowrank.linear(made["x"], w, None, made["down"], made["up"]).sum().backward()
@@ -115,9 +127,10 @@ def test_the_work_is_two_small_products_forward_and_at_most_four_backward():
         assert len(counter.seen) == large + 2 + extra, trained
 
 
+@on_each
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16])
-def test_factors_in_full_precision_on_a_half_precision_base(base):
-    made, _ = tensors(torch.float32, "x down up")
+def test_factors_in_full_precision_on_a_half_precision_base(base, device):
+    made, _ = tensors(device, torch.float32, "x down up")
     x, w = made["x"].detach().to(base).requires_grad_(), made["w"].detach().to(base)
     y = lowrank.linear(x, w, None, made["down"], made["up"], 0.5)
     assert y.dtype == base
@@ -133,18 +146,20 @@ def test_factors_in_full_precision_on_a_half_precision_base(base):
     torch.testing.assert_close(made["up"].grad.double(), copies[3].grad, atol=0.5, rtol=3e-2)
 
 
-def test_autocast_runs_the_products_in_its_precision():
-    made, w = tensors(torch.float32, "x down up")
-    with torch.autocast("cpu", torch.bfloat16):
+@on_each
+def test_autocast_runs_the_products_in_its_precision(device):
+    made, w = tensors(device, torch.float32, "x down up")
+    with torch.autocast(device, torch.bfloat16):
         y = lowrank.linear(made["x"], w, None, made["down"], made["up"])
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(made[k].grad.dtype == torch.float32 for k in ("x", "down", "up"))
 
 
-def test_compiled_it_is_the_reference():
+@on_each
+def test_compiled_it_is_the_reference(device):
     torch._dynamo.reset()
-    made, w = tensors(torch.float32, "x down up")
+    made, w = tensors(device, torch.float32, "x down up")
     fast = torch.compile(
         lambda x: lowrank.linear(x, w, made["bias"], made["down"], made["up"], 0.5), fullgraph=True, backend="eager"
     )
@@ -170,9 +185,10 @@ class Dense:
         return lowrank.Quantised(self.product, self.weight)
 
 
+@on_each
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_quantised_weight_is_made_in_the_backward_pass_alone(dropout):
-    made, w = tensors(trained="x down up")
+def test_a_quantised_weight_is_made_in_the_backward_pass_alone(dropout, device):
+    made, w = tensors(device, trained="x down up")
     dense = Dense(w, made["bias"])
     leaves = [made[k] for k in ("x", "down", "up")]
 

@@ -26,9 +26,9 @@ def of_each_row(x, w, b, down, up):
 def test_no_copy_of_the_weight_is_kept(linear):
     x, w, b, down, up = made()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = linear(x, w, b, down, up)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, w, b, down, up)
     (weight,) = [t for t in kept if t.shape == w.shape]
     assert weight.data_ptr() == w.data_ptr() and y.dtype is torch.bfloat16
 

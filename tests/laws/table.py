@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from zlib import crc32
 
 import pytest
 import torch
 
 import deltatune as dt
+from deltatune.core.start import waiting
 from deltatune.models.tiny import inputs, tiny
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages(dt.core.Init):
+    """As stages of ReLoRA, PeriodicLoRA and Chain of LoRA leave a LoRA: with a constant beside its factors, which begin
+    anew."""
+
+    @torch.no_grad()
+    def __call__(self, delta, w):
+        for share in (1.0, 0.5, 1.0):
+            delta.b.normal_(std=0.05)
+            delta.unload(share)
+            torch.nn.init.kaiming_uniform_(delta.a, a=5**0.5)
+        delta.b.zero_()
+
 
 ARCHITECTURES = ("llama", "gpt2", "bloom", "bert", "t5")
 DRAWN = dt.NearIdentity(std=0.2)  # fused adapters are trained ones, which do not start at the base
@@ -24,6 +41,13 @@ METHODS = {
     "bitfit": dt.BitFit(),
     "lora, pissa": dt.LoRA(r=4, init=dt.PiSSA()),
     "rslora, olora": dt.LoRA(r=4, scaling="alpha/sqrt(r)", init=dt.OLoRA()),
+    "lora, eva": dt.LoRA(r=4, init=dt.EVA()),
+    "lora, corda": dt.LoRA(r=4, init=dt.CorDA()),
+    "lora, corda preserved": dt.LoRA(r=4, init=dt.CorDAPreserved()),
+    "rslora, lora-ga": dt.LoRA(r=4, scaling="alpha/sqrt(r)", init=dt.LoRAGA()),
+    "lora, stages": dt.LoRA(r=4, init=Stages()),
+    "dora, stages": dt.DoRA(inner=dt.LoRA(r=4, init=Stages())),
+    "dora, eva": dt.DoRA(inner=dt.LoRA(r=4, init=dt.EVA())),
     "adalora": dt.AdaLoRA(init_r=4, target_r=2),
     "mixture": dt.Mixture(expert=dt.LoRA(r=4), n=3, top_k=2, targets=dt.Part("o", "down")),
     "mixture of dora": dt.Mixture(expert=dt.DoRA(inner=dt.LoRA(r=2)), n=3, top_k=3, targets=dt.Part("o")),
@@ -93,6 +117,12 @@ METHODS = {
     "head": dt.Tune(),
     "lora + head": dt.Union(methods=(dt.LoRA(r=4), dt.Tune())),
 }
+QUANTISED = {  # what starts from what a quantised base has lost
+    "lora, loftq": dt.LoRA(r=4, init=dt.LoftQ()),
+    "lora, loftq, 3 iterations": dt.LoRA(r=4, init=dt.LoftQ(iterations=3)),
+    "lora, qpissa": dt.LoRA(r=4, init=dt.QPiSSA()),
+    "lora, qpissa, 2 iterations": dt.LoRA(r=4, init=dt.QPiSSA(iterations=2)),
+}
 REFUSED = {("bitfit", "llama"), ("bitfit", "t5")}  # no bias to train
 REFUSED |= {("longlora", "bloom"), ("longlora", "t5")}  # no attention function to cut into groups; two sequences
 REFUSED |= {("s4", "llama"), ("s4", "t5")}  # as bitfit
@@ -102,6 +132,7 @@ MOVED_AT_START |= {"unipelt", "s4", "s4, outer groups, no bitfit"}
 MOVED_AT_START |= {"ladder"}  # the head reads the ladder alone, whose Up is drawn
 MOVED_AT_START |= {"prefix, text", "p-tuning", "p-tuning, mlp", "p-tuning v2"}
 MOVED_AT_START |= {"multitask prompt", "intrinsic prompt", "intrinsic subspace"}
+MOVED_AT_START |= {"lora, stages", "dora, stages"}  # which is what they have learned
 MOVED_AT_START |= {"adapter fusion", "adapter fusion, pfeiffer"}
 MOVED_AT_START |= {"phm adapter", "sparse adapter"}  # their authors draw every projection
 CASES = [(m, a) for m in METHODS for a in ARCHITECTURES if (m, a) not in REFUSED]
@@ -128,6 +159,15 @@ def batch(net, rows=2):
     return inputs(net, batch=rows)
 
 
+def attach(net, method, name="default", **options):
+    """As `dt.attach`; what starts from data starts from the same few rows."""
+    adapter = dt.attach(net, method, name, **options)
+    if waiting(adapter):
+        rows = [inputs(net, batch=8, seed=seed) for seed in (1, 2)]
+        dt.initialise(adapter, lambda n: (loss(net, given) for given in rows[:n]))
+    return adapter
+
+
 def logits(net, given):
     return net(**given).logits
 
@@ -145,7 +185,3 @@ def loss(net, given, seed=3):
     out = logits(net, given)
     labels = torch.randint(out.shape[-1], out.shape[:-1], generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.cross_entropy(out.float().flatten(0, -2), labels.flatten())
-
-
-def is_delta(adapter):
-    return all(isinstance(u, dt.core.Delta) for _, u in adapter.units())

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from table import ARCHITECTURES, METHODS, REFUSED, batch, logits, loss, model, perturb
+from table import ARCHITECTURES, METHODS, REFUSED, attach, batch, logits, loss, model, perturb
 
 import deltatune as dt
 
@@ -13,7 +13,7 @@ PAIRS = [
     for one, two in [("lora", "dora"), ("lora", "lora"), ("ia3", "bitfit"), ("lora on q, v", "ia3"), ("head", "lora"),
                      ("bitfit", "dora"), ("lora on embedding", "lora + head"),
                      ("houlsby", "mixture"), ("parallel", "lora"), ("prompt", "prefix"),
-                     ("prompt", "lora"), ("mam", "adalora")]
+                     ("prompt", "lora"), ("mam", "adalora"), ("lora, stages", "lora, eva")]
     for a in ARCHITECTURES
     if not {(one, a), (two, a)} & REFUSED
 ]  # fmt: skip
@@ -24,7 +24,7 @@ pair = pytest.mark.parametrize("one,two,architecture", PAIRS)
 def two_adapters(one, two, architecture):
     net = model(architecture)
     for name, method, seed in (("one", one, 1), ("two", two, 2)):
-        perturb(dt.attach(net, METHODS[method], name), seed)
+        perturb(attach(net, METHODS[method], name), seed)
     return net
 
 
@@ -68,8 +68,8 @@ def test_gradients_of_mixed_rows_are_those_of_separate_runs(one, two, architectu
 @pair
 def test_stacked_adapters_train(one, two, architecture):
     net = model(architecture)
-    dt.attach(net, METHODS[one], "one")
-    adapter = dt.attach(net, METHODS[two], "two")
+    attach(net, METHODS[one], "one")
+    adapter = attach(net, METHODS[two], "two")
     dt.activate(net, "one", "two")
     given = batch(net)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)

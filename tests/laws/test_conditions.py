@@ -10,9 +10,9 @@ from table import (
     METHODS,
     MOVED_AT_START,
     REFUSED,
+    attach,
     batch,
     cases,
-    is_delta,
     logits,
     loss,
     model,
@@ -31,7 +31,7 @@ def test_a_half_precision_base_keeps_its_precision(method, architecture, dtype):
     net = model(architecture).to(dtype)
     given = batch(net)
     want = logits(net, given)
-    adapter = dt.attach(net, METHODS[method])
+    adapter = attach(net, METHODS[method])
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
     got = logits(net, given)
     assert got.dtype == dtype
@@ -39,7 +39,7 @@ def test_a_half_precision_base_keeps_its_precision(method, architecture, dtype):
         torch.testing.assert_close(got, want, atol=0.1, rtol=0.1)
     loss(net, given).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in adapter.parameters())
-    if is_delta(adapter):
+    if adapter.mergeable:
         perturb(adapter)
         active = logits(net, given).float()
         true = logits(copy.deepcopy(net).double(), given).float()
@@ -52,7 +52,7 @@ def test_a_half_precision_base_keeps_its_precision(method, architecture, dtype):
 @case
 def test_the_adapter_takes_the_base_precision_when_asked(method, architecture):
     net = model(architecture).to(torch.bfloat16)
-    adapter = dt.attach(net, METHODS[method], dtype=torch.bfloat16)
+    adapter = attach(net, METHODS[method], dtype=torch.bfloat16)
     assert {p.dtype for p in adapter.parameters()} == {torch.bfloat16}
     out = logits(net, batch(net))
     assert out.dtype == torch.bfloat16
@@ -64,14 +64,14 @@ def test_the_adapter_takes_the_base_precision_when_asked(method, architecture):
 def test_autocast(method, architecture):
     net = model(architecture)
     given = batch(net)
-    adapter = perturb(dt.attach(net, METHODS[method]))
+    adapter = perturb(attach(net, METHODS[method]))
     want = logits(net, given)
     with torch.autocast("cpu", torch.bfloat16):
         got = logits(net, given)
         loss(net, given).backward()
     bound = 0.1 * want.norm()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in adapter.parameters())
-    if is_delta(adapter):
+    if adapter.mergeable:
         dt.merge(net)
         with torch.autocast("cpu", torch.bfloat16):
             bound = max(bound, 2 * (logits(net, given).float() - want).norm())  # what autocast costs the same weights
@@ -83,7 +83,7 @@ def test_autocast(method, architecture):
 def test_activation_checkpointing_gives_the_same_gradients(method, architecture, reentrant):
     net = model(architecture)
     given = batch(net)
-    adapter = perturb(dt.attach(net, METHODS[method]))
+    adapter = perturb(attach(net, METHODS[method]))
     net.train()
     for module in net.modules():  # dropout would make the two runs differ
         if isinstance(module, torch.nn.Dropout):
@@ -109,7 +109,7 @@ def test_compiles_into_one_graph(method, architecture):
     torch._dynamo.reset()
     net = model(architecture)
     given = batch(net)
-    perturb(dt.attach(net, METHODS[method]))
+    perturb(attach(net, METHODS[method]))
     want = logits(net, given)
     got = torch.compile(net, fullgraph=True, backend="eager")(**given).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
@@ -121,7 +121,7 @@ def test_a_compiled_model_follows_activation_and_trains(method):
     net = model("llama")
     given = batch(net)
     base = logits(net, given).detach()
-    adapter = perturb(dt.attach(net, METHODS[method]))
+    adapter = perturb(attach(net, METHODS[method]))
     want = logits(net, given).detach()
     fast = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(fast(**given).logits.detach(), want, atol=1e-4, rtol=1e-4)

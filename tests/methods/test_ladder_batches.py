@@ -144,3 +144,55 @@ def test_rows_generate_under_their_own_ladders(family: str) -> None:
         assert torch.equal(generate(model, batch), torch.stack(want))
         both = [generate(model, batch, num_beams=2, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("family,names", [(f, ["unipelt", None, "ladder"]) for f in ("llama", "gpt2", "t5")]
+                         + [("llama", ["wider", "unipelt", "ladder"])])  # fmt: skip
+@torch.no_grad()
+def test_rows_generate_beside_gates_that_have_layers_in_the_cache_too(family: str, names: list[Any]) -> None:
+    model = two("ladder", "wider", family)
+    perturb(dt.attach(model, dt.UniPELT(length=3, hidden=4, r=2, size=4), "unipelt"), 2, 0.1)
+    batch, *_ = padded(family, "left")
+    batch.pop("position_ids", None)
+    want = []
+    for i, name in enumerate(names):
+        with dt.using(model, *([name] if name else [])):
+            want.append(generate(model, batch)[i])
+    with dt.using(model, router=dt.PerRow(names)):
+        for options in ({}, {"use_cache": False}):
+            assert torch.equal(generate(model, batch, **options), torch.stack(want))
+        assert torch.equal(generate(model, batch, num_beams=2), generate(model, batch, num_beams=2, use_cache=False))
+
+
+@pytest.mark.parametrize("names", (("unipelt", "ladder"), ("ladder", "unipelt"), ("wider", "unipelt", "ladder")))
+@torch.no_grad()
+def test_a_stack_of_ladders_and_gates_generates_with_a_cache(names: tuple[str, ...]) -> None:
+    model = two("ladder", "wider", "llama")
+    perturb(dt.attach(model, dt.UniPELT(length=3, hidden=4, r=2, size=4), "unipelt"), 2, 0.1)
+    batch, *_ = padded("llama", "left")
+    batch.pop("position_ids", None)
+    with dt.using(model, *names):
+        for options in ({}, {"num_beams": 2}, {"prefill_chunk_size": 3}):
+            plain = {k: v for k, v in options.items() if k != "prefill_chunk_size"}
+            assert torch.equal(generate(model, batch, **options), generate(model, batch, **plain, use_cache=False))
+
+
+@pytest.mark.parametrize("other", (dt.PromptTuning(length=3), dt.PrefixTuning(length=3), dt.UniPELT()))
+@pytest.mark.parametrize("family", ("llama", "gpt2", "t5", "bart"))
+@torch.no_grad()
+def test_rows_under_two_ladders_and_a_prompt_are_those_of_each_alone(family: str, other: dt.Method) -> None:
+    """Neither ladder is inside the other, nor are the other's states its own."""
+    model = build(family)
+    methods = {"one": LadderSideTuning(reduction=4), "two": LadderSideTuning(reduction=2), "other": other}
+    for name, method in methods.items():
+        perturb(dt.attach(model, method, name))
+    batch = inputs(model, batch=4)
+    names = (*methods, None)
+    want = []
+    for i, name in enumerate(names):
+        dt.activate(model, *([] if name is None else [name]))
+        want.append(model(**{k: v[i : i + 1] for k, v in batch.items()}).logits[0])
+    dt.activate(model, router=dt.PerRow(names))
+    got = model(**batch, use_cache=False).logits
+    for row, alone in zip(got, want, strict=True):
+        near(row[-len(alone) :], alone)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pickle
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
+from typer.testing import CliRunner
 
 import deltatune as dt
+from deltatune.cli.main import app
 from deltatune.methods.longlora import Segments
 from deltatune.models.tiny import inputs, tiny
 
@@ -144,7 +149,7 @@ def test_what_trains() -> None:
 
 def scores(monkeypatch: pytest.MonkeyPatch, groups: int, length: int, training: bool) -> int:
     """Products of queries and keys in one forward pass of a model of two blocks."""
-    net, _ = attached(dt.LongLoRA(r=1, groups=groups), max_position_embeddings=512)
+    net, _ = attached(dt.LongLoRA(r=1, groups=groups), max_position_embeddings=512, vocab_size=400)
     total, attend = 0, F.scaled_dot_product_attention
 
     def counted(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -184,6 +189,94 @@ def test_a_context_that_the_base_has_leaves_positions_alone() -> None:
     (net, _), (other, _) = attached(dt.LongLoRA(r=2, context=128)), attached(dt.LongLoRA(r=2))
     given = inputs(net)
     assert torch.equal(net(**given).logits, other(**given).logits)
+
+
+def generated(net: Any) -> Tensor:
+    ids = torch.randint(3, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    return net.generate(ids, max_new_tokens=8, do_sample=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("context", [None, 128, 300])
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "linear", "factor": 2.0}])
+def test_merged_it_answers_as_the_adapter_and_is_read_back_so(context: int | None, rope: Any, tmp_path: Any) -> None:
+    parameters = {"rope_type": "default", "rope_theta": 10000.0} | rope
+    net, adapter = attached(dt.LongLoRA(r=4, context=context), rope_parameters=parameters, tie_word_embeddings=True)
+    net.eval()
+    ids = torch.randint(3, 90, (1, 100), generator=torch.Generator().manual_seed(0))
+    plain = {k: v.clone() for k, v in net.state_dict().items() if "adapters" not in k.split(".")}
+    told, rotary, turns = net.config.to_dict(), net.model.rotary_emb, net.model.rotary_emb.inv_freq.clone()
+    want, text = net(input_ids=ids).logits, generated(net)
+    with dt.using(net):
+        assert (net(input_ids=ids).logits - want).abs().max() > 1e-2
+    assert adapter.mergeable
+    dt.merge(net)
+    torch.testing.assert_close(net(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(generated(net), text)
+    again = pickle.loads(pickle.dumps(net))
+    dt.unmerge(net)
+    assert torch.equal(net(input_ids=ids).logits, want) and net.config.to_dict() == told
+    assert torch.equal(rotary.inv_freq, turns) and all(torch.equal(v, net.state_dict()[k]) for k, v in plain.items())
+    dt.unmerge(again)
+    assert torch.equal(again(input_ids=ids).logits, want) and again.config.to_dict() == told
+    dt.merge(net, keep=False)
+    net.config.tie_word_embeddings = False
+    net.save_pretrained(tmp_path)
+    read = type(net).from_pretrained(tmp_path)
+    torch.testing.assert_close(read(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(generated(read), text) and not dt.adapters(net)
+    assert read.config.max_position_embeddings == 128 * (3 if context == 300 else 1)
+    if context == 300:
+        assert read.config.rope_parameters["factor"] == 3 * rope.get("factor", 1)
+
+
+def test_the_merge_command_writes_a_model_of_the_longer_context(tmp_path: Any) -> None:
+    end = tiny_tokenizer().eos_token_id
+    sizes = {"max_position_embeddings": 512, "vocab_size": 400, "eos_token_id": end, "pad_token_id": end}
+    net, adapter = attached(dt.LongLoRA(r=4, context=1000), **sizes)
+    adapter.save(tmp_path / "adapter")
+    dt.detach(net)
+    net.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    given = ["merge", tmp_path / "base", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out", "--json"]
+    result = CliRunner().invoke(app, list(map(str, given)))
+    assert result.exit_code == 0, result.output
+    written = json.loads(result.stdout)["written"]
+    assert written["relative"] < 1e-5 and written["texts"] == written["prompts"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 1024 and config["rope_parameters"]["factor"] == 2
+
+
+def test_merged_there_are_no_segments_in_training() -> None:
+    net, _ = attached()
+    given = inputs(net)
+    want = net.eval()(**given).logits
+    assert (net.train()(**given).logits - want).abs().max() > 1e-3
+    dt.merge(net)
+    torch.testing.assert_close(net.train()(**given).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_that_a_configuration_cannot_say_are_not_merged() -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    net, adapter = attached(dt.LongLoRA(r=2, context=300), rope_parameters=yarn)
+    before, told = {k: v.clone() for k, v in net.state_dict().items()}, net.config.to_dict()
+    with pytest.raises(dt.DeltatuneError, match="model.rotary_emb: positions divided by 3 beside RoPE of the type"):
+        dt.merge(net)
+    assert not adapter.mergeable and net.config.to_dict() == told
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+    other, adapter = attached(rope_parameters=yarn)
+    assert adapter.mergeable  # where positions are left as they are
+
+
+def test_a_merge_that_fails_puts_positions_back() -> None:
+    net, adapter = attached(dt.Union(methods=(dt.LongLoRA(r=2, context=300), dt.Tune())))
+    told, turns = net.config.to_dict(), net.model.rotary_emb.inv_freq.clone()
+    *_, (path, _, head, _) = adapter.sites()
+    with torch.no_grad():
+        head.v[0] = torch.inf  # type: ignore[index, operator]
+    with pytest.raises(dt.DeltatuneError, match="lm_head.weight: merging would write non-finite"):
+        dt.merge(net)
+    assert path == "lm_head" and net.config.to_dict() == told
+    assert torch.equal(net.model.rotary_emb.inv_freq, turns)
 
 
 def test_it_learns_at_four_times_the_context_of_the_base() -> None:

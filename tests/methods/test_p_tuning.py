@@ -1,20 +1,22 @@
 """P-tuning: pseudo-tokens anywhere in a template, made by an encoder that is gone in the end."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 import deltatune as dt
+from deltatune.data import Example
+from deltatune.data.encode import IGNORED
+from deltatune.data.packing import blocked as of_documents
 from deltatune.methods.p_tuning import MLP, BiLSTM, PTuning
 from deltatune.methods.prompt import PromptTuning
+from deltatune.models.blocks import blockable, blocked, layout
 from deltatune.models.prompting import Placed, Prompt
 from deltatune.models.tiny import PAD, inputs, tiny
 
 CAUSAL = ("llama", "gpt2", "bloom", "opt", "gemma")
 MASKED = ("bert", "roberta")
 SEQ2SEQ = ("t5", "bart")
-TOKEN = 98
+TOKEN = T = 98
 WORDS = torch.tensor([11, 42, 7])
 
 
@@ -269,6 +271,36 @@ def test_packed_documents_have_their_own_pseudo_tokens():
     near(got, torch.cat([model(input_ids=one).logits, model(input_ids=two).logits], 1))
 
 
+def in_blocks(model, documents):
+    """The logits of each document, of a row in which what they share is computed once; and how much that is."""
+    batch = of_documents([Example(list(d), [IGNORED] * 6 + list(d[6:])) for d in documents])
+    with blocked(model), layout(batch.blocks):
+        logits = model(**batch.inputs).logits[0]
+    shared, *own = logits.split([batch.blocks.shared, *batch.blocks.lengths])
+    return [torch.cat([shared, part]) for part in own], len(shared)
+
+
+@pytest.mark.parametrize("begin", [(), (T,), (T, 5, T), (8, T, T, 6, T)])
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+@torch.no_grad()
+def test_documents_that_share_their_beginning_have_their_own_pseudo_tokens(family, begin):
+    """Of which some may lie in what they share, and a document may hold several templates."""
+    model = build(family)
+    dt.attach(model, PTuning(length=3, token=TOKEN, encoder=None))
+    rest = [TOKEN] * (3 - begin.count(TOKEN))
+    documents = [[*begin, 10 + i, *rest, *range(20 + i, 22 + 2 * i)] for i in range(4)]
+    documents[2] += [TOKEN, 7, TOKEN, TOKEN]
+    assert blockable(model, 20)
+    got, shared = in_blocks(model, documents)
+    assert shared == len(begin)
+    for logits, document in zip(got, documents, strict=True):
+        near(logits, model(input_ids=torch.tensor([document])).logits[0])
+    documents[1].remove(TOKEN)
+    documents[3].append(TOKEN)  # the row as a whole still holds whole templates
+    with pytest.raises(dt.DeltatuneError, match="which stand for 3 pseudo-tokens"):
+        in_blocks(model, documents)
+
+
 @pytest.mark.parametrize("family", ("llama", "bert", "t5"))
 @torch.no_grad()
 def test_without_a_token_they_stand_where_a_prompt_does(family):
@@ -365,10 +397,3 @@ def test_a_template_that_was_cut_is_refused():
         model(input_ids=ids[:, 1:])
     with pytest.raises(dt.DeltatuneError, match="a chunk"):
         generate(model, ids, torch.ones_like(ids), prefill_chunk_size=4)
-
-
-@pytest.mark.parametrize("family", ("vit", "clip"))
-def test_backbones_without_tokens_are_refused(family):
-    for method in (PTuning(), PTuning(token=3)):
-        with pytest.raises(dt.DeltatuneError, match="takes no embedded tokens"):
-            dt.attach(build(family), method)

@@ -71,7 +71,7 @@ def test_a_masked_prefix_is_the_base_and_another_prefix_is_another_output(family
     alone = model(**batch).logits
     a = dt.attach(model, PTuningV2(length=3), "a")
     for _, u in heads_of(a):
-        near(u.v, u.v.clone())
+        u.v.add_(torch.randn_like(u.v))  # the row has the base's head, too
     with dt.using(model, router=dt.PerRow(["a", None])):
         mixed = model(**batch).logits
     near(mixed[1], alone[1])

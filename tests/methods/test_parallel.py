@@ -165,6 +165,21 @@ def test_an_input_that_comes_too_late_is_refused() -> None:
         model(torch.randn(2, 4))
 
 
+@pytest.mark.parametrize("family,site", [
+    ("bert", "bert.encoder.layer.0.attention.output.dense"), ("bart", "model.encoder.layers.0.self_attn.out_proj"),
+])  # fmt: skip
+def test_where_the_mlp_reads_the_stream_attention_has_not_come_to_it(family: str, site: str) -> None:
+    model = tiny(family)
+    types = [type(m) for m in model.modules()]
+    for targets in (dt.Part("o"), dt.Part("o", "down")):
+        with pytest.raises(dt.DeltatuneError, match=rf"ParallelAdapter: '{site}' .*; name the modules .*: input=…"):
+            dt.attach(model, dt.ParallelAdapter(size=2, targets=targets))
+    assert [type(m) for m in model.modules()] == types
+    want = model(**inputs(model)).logits
+    randomise(dt.attach(model, dt.ParallelAdapter(size=2, targets=dt.Part("o"), input=dt.Part("q"))))
+    assert (model(**inputs(model)).logits - want).abs().max() > 1e-2
+
+
 def test_compiles_without_graph_breaks() -> None:
     model, _ = plain()
     x = torch.randn(5, 4)

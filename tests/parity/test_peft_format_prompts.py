@@ -57,6 +57,29 @@ def test_prompts_that_peft_wrote(family, kind, tmp_path):
     close(got, _tokens(want, got.shape[1]))
 
 
+@pytest.mark.parametrize(("method", "read"), [
+    (dt.PromptTuning(length=P, init=(5, 17)), dt.PromptTuning(length=P, init=(5, 17))),
+    (dt.PTuning(length=P, encoder=None), dt.PTuning(length=P, encoder=None)),
+    (dt.PTuning(length=P, layers=3, hidden=6), dt.PTuning(length=P, layers=3, hidden=6, encoder=None)),
+    (dt.PrefixTuning(length=P, dropout=0.1), dt.PrefixTuning(length=P, dropout=0.1)),
+    (dt.PrefixTuning(length=P, dropout=0.1, hidden=4), dt.PrefixTuning(length=P, dropout=0.1)),
+    (dt.PrefixTuning(length=P, targets="self_attn"), dt.PrefixTuning(length=P, targets="self_attn")),
+], ids=str)  # fmt: skip
+def test_what_we_wrote_comes_back_as_the_method_that_it_was(method, read, tmp_path):
+    """But for the network that made the vectors, of which PEFT's tensor has none; what PEFT writes is PEFT's."""
+    net = base("llama")
+    want, _ = saved(net, method, tmp_path)
+    assert config_of(tmp_path)["deltatune"]["tensors"] == "peft"
+    again = base("llama")
+    adapter = dt.load(again, tmp_path)
+    close(outputs(again, inputs(net)), want, atol=2e-5)
+    assert adapter.method == read
+    if isinstance(method, dt.PrefixTuning) and method.dropout:
+        assert {u.dropout.p for _, u in adapter.units() if hasattr(u, "dropout")} == {0.1}
+    from_peft(base("llama"), tmp_path).save_pretrained(tmp_path / "theirs")
+    assert type(dt.load(base("llama"), tmp_path / "theirs").method) is type(method)
+
+
 @pytest.mark.parametrize("tuned", [False, True])
 def test_a_prompt_and_a_classifier(tuned, tmp_path):
     prompt = dt.PromptTuning(length=P)

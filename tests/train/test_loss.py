@@ -14,7 +14,9 @@ from deltatune.methods.lora import LoRA
 from deltatune.models.tiny import tiny
 from deltatune.routers.per_row import PerRow
 from deltatune.train import loss
+from deltatune.train.loop import fit
 from deltatune.train.loss import evaluate, outcome
+from deltatune.train.options import TrainOptions
 
 
 @pytest.fixture(params=["chunks", "logits"])
@@ -161,3 +163,62 @@ def test_a_model_with_the_wrong_head_is_named() -> None:
         outcome(tiny("bert", "classification"), padded(_documents((9,)), pad=0), "causal")
     with pytest.raises(DeltatuneError, match="no encoder-decoder"):
         outcome(tiny("llama"), padded([Example([5], [6], "a")], pad=0, task="seq2seq"), "seq2seq")
+
+
+def _wanted(model: Any, batches: Batches, smoothing: float) -> Tensor:
+    """torch's own smoothed loss of all rows, in double precision, by the token."""
+    total, n = torch.zeros((), dtype=torch.double), 0
+    for batch in batches.once():
+        logits, labels = model(**batch.inputs).logits.double(), batch.labels
+        if batches.task == "causal":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        rows, labels = logits.reshape(-1, logits.shape[-1]), labels.flatten()
+        total = total + nn.functional.cross_entropy(rows, labels, reduction="sum", label_smoothing=smoothing)
+        n += int((labels != -100).sum())
+    return total / n
+
+
+@pytest.mark.parametrize("task", ["causal", "classification"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_a_run_smooths_the_labels_it_trains_on_and_not_those_it_is_measured_by(
+    task: Any, smoothing: float, way: None
+) -> None:
+    torch.manual_seed(0)
+    model: Any = tiny("llama") if task == "causal" else tiny("bert", "classification")
+    adapter = attach(model, LoRA(r=2))
+    examples = _documents() if task == "causal" else [Example([5, 6, 7], [0], "a"), Example([8, 9], [2], "b")]
+    batches = Batches(examples, task=task, batch_size=1)
+    want, plain = (_wanted(model.eval(), batches, e) for e in (smoothing, 0.0))
+    want.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in adapter.parameters()])  # type: ignore[misc]
+    model.zero_grad()
+    options = TrainOptions(max_steps=1, batch_size=len(examples), lr=1e-12, clip=None,
+                           precision="fp32", label_smoothing=smoothing)  # fmt: skip
+    (record,) = [r for r in fit(model, adapter, batches, eval_batches=batches, options=options).history if "loss" in r]
+    assert record["loss"] == pytest.approx(want.item(), rel=5e-6)
+    assert record["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert record["eval_loss"] == pytest.approx(plain.item(), rel=5e-6)
+    assert bool(smoothing) is (abs(record["loss"] - record["eval_loss"]) > 1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "bloom", "t5"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_smoothed_gradients_are_those_of_the_logits(family: str, adapted: bool, way: None) -> None:
+    torch.manual_seed(0)
+    model: Any = tiny(family, **({"final_logit_softcapping": 3.0} if family == "gemma2" else {}))
+    if adapted and family != "t5":
+        _trained_head(model)
+    task: Any = "seq2seq" if family == "t5" else "causal"
+    examples = [Example([5, 6, 7, 2], [9, 8, 2], "a"), Example([11, 2], [12, 13, 14, 2], "b")]
+    batch = padded(examples if family == "t5" else _documents(), pad=0, task=task)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    found = outcome(model, batch, task, smoothing=0.2)
+    mine = torch.autograd.grad(found.total, leaves, allow_unused=True)
+    logits = model(**batch.inputs, **({"labels": batch.labels} if family == "t5" else {})).logits
+    rows, labels = (logits, batch.labels) if family == "t5" else (logits[:, :-1], batch.labels[:, 1:])
+    want = nn.functional.cross_entropy(rows.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=0.2)
+    assert found.total.item() == pytest.approx(want.item(), rel=5e-6)
+    for one, other in zip(mine, torch.autograd.grad(want, leaves, allow_unused=True), strict=True):
+        assert (one is None) is (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-7)

@@ -1,21 +1,28 @@
-"""AdamW and its 8-bit kind: the same maths, a quarter of the memory, and a state that a checkpoint holds."""
+"""AdamW and its 8-bit kind: the same maths, a quarter of the memory, a state that a checkpoint holds. What decays."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from runs import whole_run
-from torch import nn
+from runs import packed_batches, whole_run
+from torch import Tensor, nn
 
+import deltatune as dt
 from deltatune.core import DeltatuneError
+from deltatune.models.loading import load_base
+from deltatune.models.tiny import inputs, tiny
+from deltatune.registry import public
 from deltatune.train import checkpoint
-from deltatune.train.optimizer import make, state_bytes
+from deltatune.train.loop import fit
+from deltatune.train.optimizer import groups, make, state_bytes
 from deltatune.train.options import TrainOptions
 
-pytest.importorskip("bitsandbytes")
+eight_bits = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 CPU = torch.device("cpu")
 EIGHT = TrainOptions(optimizer="adamw_8bit", lr=1e-2, weight_decay=0.1)
 
@@ -37,6 +44,7 @@ def _steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], see
         optimizer.step()
 
 
+@eight_bits
 def test_it_is_adamw_up_to_the_rounding_of_its_moments() -> None:
     ends = []
     for options in (TrainOptions(lr=1e-2, weight_decay=0.1), EIGHT):
@@ -49,6 +57,7 @@ def test_it_is_adamw_up_to_the_rounding_of_its_moments() -> None:
     assert (eight[0] - wide[0]).norm() < 0.03 * (wide[0] - start[0]).norm()
 
 
+@eight_bits
 def test_the_bytes_of_its_state_are_those_that_plan_counts() -> None:
     parameters = _pair()
     for options in (TrainOptions(), EIGHT, TrainOptions(optimizer="paged_adamw_8bit")):
@@ -59,6 +68,7 @@ def test_the_bytes_of_its_state_are_those_that_plan_counts() -> None:
         assert state_bytes(parameters, options) == held
 
 
+@eight_bits
 def test_a_checkpoint_holds_its_state_bit_for_bit() -> None:
     one, two = _pair(), _pair()
     first = make(_groups(one), EIGHT, CPU)
@@ -74,6 +84,7 @@ def test_a_checkpoint_holds_its_state_bit_for_bit() -> None:
     assert all(torch.equal(p, q) for p, q in zip(one, two, strict=True))
 
 
+@eight_bits
 def test_a_run_with_it() -> None:
     _, _, wide = whole_run(None, steps=6)
     _, _, eight = whole_run(None, steps=6, optimizer="adamw_8bit")
@@ -87,3 +98,92 @@ def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         DeltatuneError, match=r"train.optimizer: adamw_8bit needs bitsandbytes.*deltatune\[quant\].*adamw"
     ):
         make(_groups(_pair()), EIGHT, CPU)
+
+
+EVERY = {name: cls() for name, cls in public("methods").items() if issubclass(cls, dt.core.Method)
+         and name not in ("AdapterFusion", "S4")}  # fmt: skip
+VARIED = {
+    "LoRA, PiSSA": dt.LoRA(r=4, init=dt.PiSSA()),
+    "LoRA, OLoRA": dt.LoRA(r=4, init=dt.OLoRA()),
+    "LoRA, CorDA": dt.LoRA(r=4, init=dt.CorDA()),
+    "LoRA, LoRA-GA": dt.LoRA(r=4, init=dt.LoRAGA()),
+    "LoRA, EVA": dt.LoRA(r=4, init=dt.EVA()),
+    "LoRA on a fused projection, PiSSA": dt.LoRA(r=4, targets=dt.Part("q", "v"), init=dt.PiSSA()),
+    "OFT, learned magnitude": dt.OFT(magnitude="learned"),
+    "BOFT, learned magnitude": dt.BOFT(magnitude="learned"),
+    "DoRA of LoHa": dt.DoRA(inner=dt.LoHa(r=2)),
+    "Mixture of DoRA": dt.Mixture(expert=dt.DoRA(), n=3, top_k=2),
+    "LoRA and a head": dt.Union(methods=(dt.LoRA(), dt.Tune())),
+    "LoRA and norms": dt.Union(methods=(dt.LoRA(), dt.Tune(targets=dt.Part("norm")))),
+}
+ELSEWHERE = {"IntrinsicPrompt", "IntrinsicSubspace", "LadderSideTuning", "MAM", "MultitaskPrompt", "PHMAdapter",
+             "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning", "SparseAdapter", "UniPELT"}  # fmt: skip
+SPARED = {"BitFit", "IA3", "Tune"} | {f"LoRA, {init}" for init in ("PiSSA", "OLoRA", "CorDA", "LoRA-GA")}
+SPARED |= {"LoRA on a fused projection, PiSSA"}
+
+
+def _logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(model)).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", [*EVERY, *VARIED])
+def test_what_has_learned_nothing_is_the_base_however_long_it_decays(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = tiny("gpt2" if name == "BitFit" or "fused" in name else "llama")
+    base, method = _logits(model), (EVERY | VARIED)[name]
+    adapter, options = dt.attach(model, method), TrainOptions(lr=0.1, weight_decay=0.5)
+    if name in SPARED:
+        with pytest.raises(DeltatuneError, match=f"weight_decay has no effect on this {type(method).__name__}"):
+            groups(list(adapter.parameters()), adapter, options)
+        return
+    optimizer = make(groups(list(adapter.parameters()), adapter, options), options, CPU)
+    if name == "LoRA, EVA":
+        dt.initialise(adapter, lambda n: (model(**inputs(model)).logits.square().mean() for _ in range(n)))
+    start = _logits(model)
+    assert torch.allclose(start, base, atol=1e-4) is (name not in ELSEWHERE)
+    before = [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+    for _ in range(100):
+        for p in adapter.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    if name not in ELSEWHERE:
+        torch.testing.assert_close(_logits(model), start, atol=1e-4, rtol=1e-4)
+    for p, was in zip(optimizer.param_groups[0]["params"], before, strict=True):
+        torch.testing.assert_close(p.detach(), was * 0.95**100)
+
+
+@eight_bits
+@pytest.mark.parametrize("init", [dt.QPiSSA(), dt.LoftQ(iterations=3), dt.LoftQ()], ids=["qpissa", "loftq", "loftq, 1"])
+def test_factors_whose_init_has_rewritten_the_base_do_not_decay(init: dt.core.Init, tmp_path: Path) -> None:
+    tiny("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    adapter = dt.attach(load_base(tmp_path, quantize="nf4", dtype=torch.float32), dt.LoRA(r=4, init=init))
+    parameters, options = list(adapter.parameters()), TrainOptions(weight_decay=0.1, lr=1e-2)
+    if init == dt.LoftQ():  # which leaves the base alone
+        assert [g["weight_decay"] for g in groups(parameters, adapter, options)] == [0.1]
+    else:
+        with pytest.raises(DeltatuneError, match="no effect on this LoRA"):
+            groups(parameters, adapter, options)
+
+
+def test_a_run_decays_the_factors_of_dora_and_not_its_magnitude() -> None:
+    ends = []
+    for decay in (0.0, 0.9):
+        torch.manual_seed(0)
+        model: Any = tiny("llama")
+        adapter = dt.attach(model, dt.DoRA())
+        options = TrainOptions(max_steps=1, tokens_per_step=128, lr=0.1, warmup=0, weight_decay=decay)
+        fit(model, adapter, packed_batches(), options=options)
+        ends.append(dict(adapter.named_parameters()))
+    for name, free in ends[0].items():
+        assert torch.equal(free, ends[1][name]) is name.endswith((".m", ".b")), name  # B starts at 0
+
+
+def test_without_decay_there_is_one_group_and_the_base_itself_decays_whole() -> None:
+    model: Any = tiny("llama")
+    weights = list(model.parameters())
+    (group,) = groups(weights, None, TrainOptions(lr=1.0, weight_decay=0.1))
+    assert group == {"params": weights, "lr": 1.0, "weight_decay": 0.1}
+    adapter = dt.attach(model, dt.Houlsby())
+    (group,) = groups(list(adapter.parameters()), adapter, TrainOptions(lr=1.0))
+    assert group["weight_decay"] == 0.0 and len(group["params"]) == len(list(adapter.parameters()))

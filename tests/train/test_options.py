@@ -31,6 +31,8 @@ def _batches(rows: int = 20, length: int = 8, **sizes: int) -> Batches:
         ({"tokens_per_step": 9, "tokens_per_batch": 10}, "tokens_per_batch (10) is more than tokens_per_step (9)"),
         ({"warmup": 1.0}, "a fraction below 1, got 1.0"),
         ({"warmup": -1}, "a fraction below 1, got -1"),
+        ({"label_smoothing": 1.0}, "train.label_smoothing: input should be less than 1, got 1.0"),
+        ({"label_smoothing": -0.1}, "train.label_smoothing: input should be greater than or equal to 0, got -0.1"),
     ],
 )
 def test_what_is_wrong_is_named(given: dict[str, object], message: str) -> None:

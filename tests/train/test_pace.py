@@ -103,7 +103,7 @@ def test_blocks_and_layouts_share_what_was_compiled(monkeypatch):
             ids = torch.arange(documents.total)[None]
             with layout(documents):
                 model(input_ids=ids, position_ids=ids).logits.sum().backward()
-    assert 0 < counters["stats"]["unique_graphs"] <= 12
+    assert 0 < counters["stats"]["unique_graphs"] < 3 * 7
 
 
 @pytest.mark.slow

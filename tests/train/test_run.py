@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_tokenizer import tiny_tokenizer
 from transformers import BertConfig, BertForMaskedLM, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -15,7 +16,10 @@ from deltatune.data import DataError
 from deltatune.models.loading import load_base
 from deltatune.train import Recipe, run
 from deltatune.train import train as trained
-from deltatune.train.batching import apart, pointwise
+from deltatune.train.batching import apart, packs
+from deltatune.train.checkpoint import read, restore_weights
+from deltatune.train.memory import Estimate
+from deltatune.train.run import prepare
 
 ROWS = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(12)]
 
@@ -206,9 +210,117 @@ def test_too_long_rows_go_as_the_recipe_says(recipe: dict[str, Any], tmp_path: P
     assert run(Recipe.of({**recipe, "data": data})).summary.dropped == 1
 
 
-def test_units_that_see_many_tokens_need_rows_of_their_own(recipe: dict[str, Any]) -> None:
-    found = {}
-    for method in (dt.LoRA(), dt.Houlsby(), dt.PromptTuning(), dt.PrefixTuning()):
-        model = load_base(recipe["base"], dtype="float32")
-        found[type(method).__name__] = pointwise(dt.attach(model, method))
-    assert found == {"LoRA": True, "Houlsby": True, "PromptTuning": False, "PrefixTuning": False}
+(QUESTION,) = tiny_tokenizer().encode("?", add_special_tokens=False)
+PACKED = {
+    "rows": [{"name": "prefix_tuning", "length": 3, "hidden": 5}, {"name": "p_tuning_v2", "length": 3, "dropout": 0.0},
+             {"name": "mam", "length": 3, "hidden": 5, "size": 4},
+             {"name": "s4", "budget": 3000, "strategies": [["adapter", "lora"], ["adapter", "prefix"]] * 2},
+             {"name": "unipelt", "length": 3, "hidden": 5, "r": 2, "size": 4}],
+    "blocks": ["lora", {"name": "ladder_side_tuning", "reduction": 2},
+               {"name": "p_tuning", "length": 2, "token": QUESTION}],
+}  # fmt: skip
+
+
+def _packs(recipe: Recipe, asked: bool | None = None) -> str:
+    ready = prepare(recipe)
+    model = ready.load()
+    assert apart(model) and ready.method is not None
+    dt.attach(model, ready.method)
+    try:
+        return packs(model, True, asked, recipe.train, 64)
+    finally:
+        assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(("how", "method"), [(how, method) for how, methods in PACKED.items() for method in methods],
+                         ids=str)  # fmt: skip
+def test_packed_documents_have_the_loss_that_each_has_alone(
+    recipe: dict[str, Any], tmp_path: Path, how: str, method: Any
+) -> None:
+    rows = [{"prompt": f"? {i} or {i + 1}?", "completion": f"It is {i}."} for i in range(11)]
+    found = []
+    for packing in (True, False):
+        told = Recipe.of({
+            **recipe, "method": method, "output": str(tmp_path / f"{packing}"),
+            "data": {"train": _jsonl(tmp_path / "rows.jsonl", rows), "max_length": 64, "packing": packing},
+            "train": {"max_steps": 1, "tokens_per_step": 2048, "tokens_per_batch": 2048},
+        })  # fmt: skip
+        if packing:
+            assert _packs(told) == how
+        outcome = run(told)
+        assert outcome.packing is packing and isinstance(outcome.estimate, Estimate)
+        found.append(outcome.result.history[-1])
+    packed, padded = found
+    assert packed["trained_tokens"] == padded["trained_tokens"]
+    assert packed["loss"] == pytest.approx(padded["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", [
+    {"name": "prompt_tuning", "length": 4}, {"name": "multitask_prompt", "length": 4}, {"name": "longlora", "r": 2},
+], ids=str)  # fmt: skip
+def test_methods_under_which_documents_would_mix_have_a_row_for_each(recipe: dict[str, Any], method: Any) -> None:
+    """In LongLoRA's training too, whose groups are cut out of the row; inference has none."""
+    told = Recipe.of({**recipe, "method": method})
+    assert _packs(told) == "none" == prepare(told).likely() or method["name"] == "longlora"
+    with pytest.raises(DeltatuneError, match="the method needs a row each"):
+        _packs(told, asked=True)
+
+
+def _weights(outcome: Any) -> dict[str, torch.Tensor]:
+    return load_file(outcome.saved / "adapter_model.safetensors")
+
+
+NETWORKS = [
+    ("bloom", {"name": "prefix_tuning", "length": 3, "hidden": 5}),
+    ("llama", {"name": "mam", "length": 3, "hidden": 5, "size": 4}),
+    ("llama", {"name": "unipelt", "length": 3, "hidden": 5, "r": 2, "size": 4}),
+    ("llama", [{"name": "lora", "r": 2}, {"name": "mam", "length": 3, "hidden": 5, "size": 4}]),
+    ("llama", {"name": "p_tuning", "length": 1, "token": QUESTION}),
+    ("llama", {"name": "p_tuning", "length": 1, "token": QUESTION, "encoder": "mlp"}),
+]
+
+
+@pytest.mark.parametrize(("base", "method"), NETWORKS, ids=str)
+def test_what_only_training_needs_is_in_the_checkpoints_alone(recipe: dict[str, Any], tmp_path: Path, base: str,
+                                                             method: Any) -> None:  # fmt: skip
+    given = {
+        **recipe,
+        "base": str(_base(tmp_path / base, base)),
+        "method": method,
+        "train": {**recipe["train"], "save_every": 1},
+    }
+    outcome = run(Recipe.of(given))
+    asked = Recipe.of(given).made_method()
+    assert asked is not None and asked.flat() != asked
+    model, kept = (load_base(given["base"], dtype="float32") for _ in range(2))
+    adapter = load(model, outcome.saved)
+    assert adapter.method == asked.flat() and not any("shared." in name for name in _weights(outcome))
+    network = dt.attach(kept, asked)
+    assert sum(p.numel() for p in adapter.parameters()) < sum(p.numel() for p in network.parameters())
+    ids = torch.tensor([[3, QUESTION, 5, QUESTION, 7, 8]])
+    drawn = kept(ids).logits
+    restore_weights(kept, network, read(outcome.result.checkpoint).tensors["weights"])  # type: ignore[arg-type]
+    assert torch.equal(model(ids).logits, kept(ids).logits) and not torch.equal(kept(ids).logits, drawn)
+
+    def stop(record: Any) -> None:
+        if record.get("step") == 2:
+            raise KeyboardInterrupt
+
+    broken = {**given, "output": str(tmp_path / "broken")}
+    with pytest.raises(KeyboardInterrupt):
+        run(Recipe.of(broken), report=stop)
+    resumed = _weights(run(Recipe.of(broken), resume=True))
+    again = _weights(run(Recipe.of(given), resume=True))  # a run that is finished
+    for name, t in _weights(outcome).items():
+        assert torch.equal(resumed[name], t) and torch.equal(again[name], t)
+    with pytest.raises(DeltatuneError, match="max_steps was 3 in the saved run and is 5 now"):
+        run(Recipe.of({**given, "train": {**given["train"], "max_steps": 5}}), resume=True)
+    more = trained(model, adapter, given["data"]["train"], max_steps=1, output=tmp_path / "more")
+    assert more.step == 1
+    with pytest.raises(DeltatuneError, match="method was .*; restore it, or start a new run"):
+        trained(kept, network, given["data"]["train"], max_steps=1, output=tmp_path / "more", resume=True)
+
+
+def test_what_a_next_stage_goes_on_from_is_saved_as_it_is(recipe: dict[str, Any]) -> None:
+    outcome = run(Recipe.of({**recipe, "method": {"name": "multitask_prompt", "length": 3}}))
+    assert load(load_base(recipe["base"]), outcome.saved).method == dt.MultitaskPrompt(length=3)

@@ -62,6 +62,16 @@ class Adapter:
         """The names of the classes that its head tells apart; () if it has no head of its own."""
         return self.method.classes()
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether `merge` can make the base do what this does."""
+        try:
+            for _, module, unit, _ in self.sites():
+                unit.merged(module)
+        except DeltatuneError:
+            return False
+        return True
+
     def callbacks(self) -> list[Callback]:
         return list(self.method.callbacks())
 

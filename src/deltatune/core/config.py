@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltatune.core.errors import DeltatuneError, nearest
+from deltatune.core.plugins import load_types
 
 _CLASSES: dict[str, type[Config]] = {}
 
@@ -33,6 +34,8 @@ class Config:
     def from_dict(d: Mapping[str, Any]) -> Any:
         """The value that `to_dict` wrote. Unknown types and fields raise, with the nearest name."""
         name = d.get("type", "")
+        if name not in _CLASSES:
+            load_types()
         if name not in _CLASSES:
             raise DeltatuneError(f"unknown type {name!r}{nearest(name, _CLASSES)}")
         cls = _CLASSES[name]

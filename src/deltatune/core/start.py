@@ -37,9 +37,14 @@ class Awaiting(Staged):
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: Init | None = None
+        self.waits: DataInit | None = None
 
-    def await_data(self, init: Init) -> None:
+    @property
+    def undecayed(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The factors of B A - B0 A0; the optimizer, which asks, is made before data are seen."""
+        return ("a", "b") if self.a0 is not None or (self.waits is not None and self.waits.elsewhere) else ()
+
+    def await_data(self, init: DataInit) -> None:
         self.waits, self.grows = init, (*type(self).grows, *_FACTORS)  # type: ignore[misc, assignment]
 
     @torch.no_grad()
@@ -81,11 +86,16 @@ class Waiting:
 
 @dataclass(frozen=True, kw_only=True)
 class DataInit(Init):
-    """An initialisation from up to `batches` micro-batches of the training data."""
+    """An initialisation from up to `batches` micro-batches of the training data, or of `data`: a file, a `datasets`
+    folder or a hub name, read as the training data are."""
 
     linear: ClassVar[bool] = True  # whether what it starts belongs to linear layers
+    elsewhere: ClassVar[bool] = True  # whether it starts at a product that is then taken off, or at B = 0
+
+    apart: ClassVar[bool] = False  # whether training data are none that it can start from
 
     batches: int = 8
+    data: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,21 +129,30 @@ class _Start(Events):
 
     def on_train_start(self, run: Run) -> None:
         if run.step == 0 and run.adapter is not None:
-            _fill(self.init, run.model, run.adapter, run.losses)
+            own = self.init.apart or self.init.data is not None
+            _fill(self.init, run.model, run.adapter, None if own else run.losses)
 
 
-def initialise(adapter: Adapter, losses: Losses) -> None:
+def initialise(adapter: Adapter, losses: Losses, data: str | None = None) -> None:
     """Fill what waits for data, for loops other than `fit`, or from other data than are trained on.
+
+    data: what the inits to fill have as their `data`; by default all are filled.
 
     losses: called with n, gives the losses of the first n batches one after another, each computed when it is asked
     for: `lambda n: (model(**batch).loss for batch in islice(loader, n))`.
     Raises DeltatuneError when nothing waits, because there is no such initialisation or it has had its data."""
-    inits = dict.fromkeys(u.waits for _, unit in adapter.units() for u in unit.modules() if getattr(u, "waits", None))
+    inits = [init for init in waiting(adapter) if data in (None, init.data)]
     if not inits:
         raise DeltatuneError(f"adapter {adapter.name!r}: nothing in it waits for data; attach it with such an init")
     with using(adapter.model, adapter.name):
         for init in inits:
-            _fill(init, adapter.model, adapter, losses)  # type: ignore[arg-type]
+            _fill(init, adapter.model, adapter, losses)
+
+
+def waiting(adapter: Adapter) -> list[DataInit]:
+    """The inits that have not had their data."""
+    waits = (getattr(u, "waits", None) for _, unit in adapter.units() for u in unit.modules())
+    return list(dict.fromkeys(init for init in waits if init is not None))
 
 
 def _fill(init: DataInit, model: nn.Module, adapter: Trained, losses: Losses | None) -> None:
@@ -146,6 +165,11 @@ def _fill(init: DataInit, model: nn.Module, adapter: Trained, losses: Losses | N
     ]
     if not sites:  # filled by hand before
         return
+    if losses is None and init.apart and init.data is None:
+        raise DeltatuneError(
+            f"{name} starts from other data than are trained on; name them by its option `data`, or call "
+            "deltatune.initialise(adapter, losses) with theirs before training"
+        )
     if losses is None:
         raise DeltatuneError(
             f"{name} starts from data, which this training loop does not offer; call "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +14,8 @@ from torch import nn
 from deltatune.core import classes
 from deltatune.core.adapter import Adapter
 from deltatune.core.errors import DeltatuneError, nearest
-from deltatune.core.method import Method, Site, Union, rewrite
+from deltatune.core.merging import Lost, attributes, put_back, tied, write
+from deltatune.core.method import Method, Site, Union
 from deltatune.core.select import Match, resolve, walk
 from deltatune.core.slot import Active, Record, Slot, Switch, graft, set_switch, slots, switch_of, ungraft
 from deltatune.core.units import CALL, Delta, Intervention, Router, Sliced
@@ -30,7 +29,6 @@ class Point(Protocol):
     def remove(self, model: nn.Module) -> None: ...
 
 
-Change = Callable[[torch.Tensor], torch.Tensor]
 _POINTS: dict[str, Point] = {}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -149,7 +147,7 @@ def attach(model: nn.Module, method: Method, name: str = "default", *, dtype: to
             switch.points += (place,)
     except Exception:
         for site in every:
-            _put_back(site.module, site.replaced)
+            put_back(site.module, site.replaced)
         raise
     if known is None:
         switch.thawed = tuple(_freeze(model))
@@ -256,28 +254,28 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
 def merge(model: nn.Module, *names: str, keep: bool = True) -> float:
     """Write W' of `names` (default: the active adapters) into the base weights, in fp32 or wider, then rounded.
 
-    keep: remember the old weights, for `unmerge`; otherwise the adapter is detached and the base is changed for good.
+    What acts in training alone is left out; what is said in attributes of the base (interpolated positions) is set.
+    keep: remember what was replaced, for `unmerge`; otherwise the adapter is detached and the base is changed for good.
     Returns what is lost where weights are quantised, and warns of it: |stored W' - W'| / |W' - W|, 0 without such.
     Raises, with nothing written, when an adapter acts on activations or would write a non-finite weight.
     """
-    switch, lost = _known(model, names), _Lost()
+    switch, lost = _known(model, names), Lost()
     for name in names or switch.active().names:
         if name in switch.merged:
             continue
         mine = [(path, m, s) for path, m, s in slots(model) if name in s.places]
-        for path, _, slot in mine:
-            if kinds := [type(u).__name__ for u, _ in slot.pairs(name) if not isinstance(u, Delta)]:
-                raise DeltatuneError(f"{path}: {kinds[0]} acts on activations and cannot be merged")
-        tied = _tied(model)
+        for path, module, slot in mine:
+            for unit, _ in slot.pairs(name):
+                attributes(path, module, unit)  # raises, before anything is written
+        shared = tied(model)
         written: list[tuple[nn.Module, Slot]] = []
         try:
             for path, module, slot in mine:
                 slot.merged[name] = []
                 written.append((module, slot))
                 for unit, at in slot.pairs(name):
-                    slot.merged[name].append(_write(path, module, at, unit.weight, tied, lost))
-                    if unit.moves_bias and at == "weight" and getattr(module, "bias", None) is not None:
-                        slot.merged[name].append(_write(path, module, "bias", unit.bias, tied, lost))
+                    for replaced in write(path, module, unit, at, shared, lost):
+                        slot.merged[name].append(replaced)
         except Exception:
             _restore(written, name)
             raise
@@ -298,63 +296,9 @@ def merge(model: nn.Module, *names: str, keep: bool = True) -> float:
     return lost.share
 
 
-@dataclass
-class _Lost:
-    """How far quantised weights, read back, are from what was written: the sums of squares behind the share."""
-
-    sites: int = 0
-    gap: float = 0.0
-    change: float = 0.0
-
-    @property
-    def share(self) -> float:
-        return math.sqrt(self.gap / self.change) if self.change else 0.0
-
-    def add(self, old: torch.Tensor, new: torch.Tensor, stored: torch.Tensor) -> None:
-        self.sites += 1
-        self.gap += float((stored.to(new.dtype) - new).square().sum())
-        self.change += float((new - old.to(new.dtype)).square().sum())
-
-
-def _tied(model: nn.Module) -> set[int]:
-    """Identities of the parameters that more than one module holds."""
-    held = [id(p) for _, m in walk(model) for p in m._parameters.values() if p is not None]
-    return {i for i, n in Counter(held).items() if n > 1}
-
-
-def _write(path: str, module: nn.Module, at: str, change: Change, tied: set[int], lost: _Lost
-           ) -> tuple[str, torch.Tensor]:  # fmt: skip
-    """Merge one change of a parameter. Returns what must come back: the old parameter itself if others share it, or if
-    it is quantised, else a copy of its values."""
-    w = layers.read(module, at)
-    new = change(w.to(_at_least_fp32(w.dtype)))
-    if not bool(torch.isfinite(new).all()):
-        raise DeltatuneError(f"{path}.{at}: merging would write non-finite weights; the base is unchanged")
-    own = module._parameters.get(at)
-    if layers.is_quantised(module) and at == "weight":
-        old = rewrite(path, module, new)
-        lost.add(w, new, layers.read(module, at))
-        return at, old
-    kept = w.detach().clone()
-    if own is not None and (id(own) in tied or new.shape != w.shape):  # a head of other classes has other rows
-        fresh = own.detach().clone() if new.shape == w.shape else own.new_empty(new.shape)
-        module._parameters[at] = nn.Parameter(fresh, requires_grad=own.requires_grad)
-        kept = own
-    layers.write(module, at, new)
-    return at, kept
-
-
 def _restore(written: Sequence[tuple[nn.Module, Slot]], name: str) -> None:
     for module, slot in written:
-        _put_back(module, slot.merged.pop(name, []))
-
-
-def _put_back(module: nn.Module, replaced: Sequence[tuple[str, torch.Tensor]]) -> None:
-    for at, kept in reversed(replaced):
-        if isinstance(kept, nn.Parameter):
-            module._parameters[at] = kept
-        else:
-            layers.write(module, at, kept)
+        put_back(module, slot.merged.pop(name, []))
 
 
 @torch.no_grad()
@@ -380,7 +324,7 @@ def detach(model: nn.Module, *names: str) -> None:
         if over := next((n for *_, slot in slots(model) if name in slot.rewritten for n in slot.merged), None):
             raise DeltatuneError(f"adapter {over!r} was merged over {name!r}; unmerge it first")
         for _, module, slot in list(slots(model)):
-            _put_back(module, slot.rewritten.pop(name, []))
+            put_back(module, slot.rewritten.pop(name, []))
             if name in slot.places:
                 del slot.units[name], slot.places[name]
             if not slot.places:

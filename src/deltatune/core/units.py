@@ -28,6 +28,7 @@ class Intervention(nn.Module):
 
     roles: ClassVar[Mapping[str, str]] = {}  # parameter name -> role ("down", "up", "scale", "gate", ...)
     grows: ClassVar[tuple[str, ...]] = ()  # tensors that training may add, remove and resize
+    undecayed: ClassVar[tuple[str, ...]] = ()  # tensors whose zero is not the base: weight decay leaves them alone
     lengthens: ClassVar[bool] = False  # whether rows get tokens from it; other rows' units at its module are inside it
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +43,11 @@ class Intervention(nn.Module):
 
     def flatten(self) -> None:
         """Keep the tensors that a network makes, and drop the network."""
+
+    def merged(self, module: nn.Module) -> Mapping[str, Any]:
+        """What merging sets in `module`, beside its parameters, so that it does by itself what this does in inference:
+        values by dotted attribute; {} for what acts in training alone. Raises DeltatuneError if nothing would do."""
+        raise DeltatuneError(f"{type(self).__name__} acts on activations and cannot be merged")
 
     @classmethod
     def batched(cls, units: Sequence[Any], rows: Tensor, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +68,9 @@ class Delta(Intervention):
     def bias(self, b: Tensor) -> Tensor:
         """(out,) -> (out,), for the deltas that act on the whole output and so on the bias as well."""
         return b
+
+    def merged(self, module: nn.Module) -> Mapping[str, Any]:
+        return {}
 
     def forward(self, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         whole = call.under("bias", self.bias(call.bias)) if self.moves_bias and call.bias is not None else call

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,10 @@ class CorDA(DataInit):
 
 @dataclass(frozen=True, kw_only=True)
 class CorDAPreserved(CorDA):
-    """Knowledge-preserved: the last r components. Its data are those whose answers are to stay: give these, and not the
-    training data, to `initialise`."""
+    """Knowledge-preserved: the last r components. `data` are those whose answers are to stay, not the training data;
+    None where they are given to `initialise`."""
+
+    apart: ClassVar[bool] = True
 
     def chosen(self, r: int) -> slice:
         return slice(-r, None)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class EVA(DataInit):
     batches: int = 32
     rho: float = 2.0
     tau: float = 0.99
+
+    elsewhere: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

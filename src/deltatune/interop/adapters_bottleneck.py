@@ -181,7 +181,7 @@ def _piece(
             t["s"] = s.reshape(())
         units.append((path, t))
     if kind == "parallel":  # what it reads from has units without tensors
-        units += [(m.path, {}) for m in resolve(model, method.parts()[0].targets[1])]  # type: ignore[index]
+        units += [(m.path, {}) for m in resolve(model, method.select(model)[1])]  # type: ignore[index]
     return Piece(method, units)
 
 

@@ -4,11 +4,16 @@ PEFT holds a prefix in the cache, so the tokens' positions begin at its length p
 without it. Under rotary positions both are one model: (R(i + p) q) k = (R(i) q) (R(p)' k), so that keys are turned back
 by p when they are read, and forward when they are written. Elsewhere (learned positions, relative biases, windows) the
 outputs would differ, and such prefixes are refused.
+
+A file that we wrote says what the method was, and is read as that. Of a network that made the vectors PEFT's tensor has
+the result alone, so such a method comes back without its network (`PrefixTuning(hidden=None)`, `PTuning(encoder=None)`)
+and trains on from the vectors, with the rest of its options, such as dropout.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,8 +70,9 @@ def decode_prompt(model: nn.Module, config: Mapping[str, Any], stored: Stored) -
     if not p or len(rows) not in (p, 2 * p):  # the second half, a decoder's, PEFT writes and does not use
         raise DeltatuneError(f"{EMBEDDINGS} has {len(rows)} rows, but num_virtual_tokens = {p}")
     encoded = config["peft_type"] == "P_TUNING"
-    method: Method = PTuning(length=p, encoder=None) if encoded else PromptTuning(length=p, init="uniform")
-    match = resolve(model, None, method.usual)[0]
+    plain = PTuning(length=p, encoder=None) if encoded else PromptTuning(length=p, init="uniform")
+    method = _own(config, plain)
+    match = resolve(model, method.select(model), method.usual)[0]
     if layout(Site(model, match.path, match.module, "call")).after:
         raise DeltatuneError(
             f"{config['peft_type']}: PEFT puts a prompt before [CLS], which {type(model).__name__} then no longer "
@@ -103,8 +109,8 @@ def decode_prefix(model: nn.Module, config: Mapping[str, Any], stored: Stored) -
     if isinstance(frequencies := _frequencies(model), str):
         raise DeltatuneError(f"PREFIX_TUNING: PEFT's prefix moves the tokens' positions, and {frequencies}")
     p, heads, dim = len(rows), anatomy.kv_heads(model.config), anatomy.head_dim(model.config)
-    method = PrefixTuning(length=p)
-    paths = [m.path for m in resolve(model, None, method.usual)]
+    method = _own(config, PrefixTuning(length=p))
+    paths = [m.path for m in resolve(model, method.select(model), method.usual)]
     if rows.shape[1] != 2 * len(paths) * heads * dim:
         raise DeltatuneError(
             f"{EMBEDDINGS} has shape {tuple(rows.shape)}; {len(paths)} layers of {heads} key-value heads of width "
@@ -116,6 +122,14 @@ def decode_prefix(model: nn.Module, config: Mapping[str, Any], stored: Stored) -
         for i, path in enumerate(paths)
     ]
     return Piece(method, units)
+
+
+def _own(config: Mapping[str, Any], plain: Any) -> Any:
+    """The method that our own section of the file describes, as long as the tensor is; `plain` if there is none."""
+    whole = config.get("deltatune", {}).get("method")
+    parts = () if whole is None else Method.from_dict(whole).parts()
+    own = next((part.flat() for part in parts if type(part) is type(plain)), plain)
+    return replace(own, length=plain.length)
 
 
 def _embeddings(stored: Stored) -> Tensor:

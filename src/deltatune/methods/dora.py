@@ -3,8 +3,10 @@
     W' = m / ||W + dW||  (W + dW),   ||.|| the norm of each output row                     (eq. 5)
 
 m, the magnitude, starts at ||W||; the norm is a constant in the backward pass (sec. 4.3). The bias is not scaled.
-dW is any other delta: `DoRA(inner=LoRA(r=8))` is the paper. On an embedding, stored (tokens, dim), an output is a
-column of it, so the norm runs over the tokens. Where dW = U D, row by row, without forming it,
+dW is any other delta: `DoRA(inner=LoRA(r=8))` is the paper. Dropout hides x from dW alone, so that the dense part stays
+deterministic; PEFT and the authors' code hide it from (m / ||W + dW|| - 1) W x too, and so differ in training. On an
+embedding, stored (tokens, dim), an output is a column of it, so the norm runs over the tokens. Where dW = U D, row by
+row, without forming it,
 
     ||W + U D||^2 = ||W||^2 + <U, 2 W D' + U (D D')>
 """
@@ -48,6 +50,7 @@ class Magnitude(Delta):
     """`m` (out,), around the `inner` delta."""
 
     roles = {"m": "scale"}
+    undecayed = ("m",)
 
     def __init__(self, inner: Delta, site: Site) -> None:
         super().__init__()

@@ -3,7 +3,7 @@
     y' = l * (W x + b)      where l rescales an output: the keys and the values            (sec. 3.3)
     y' = W (l * x) + b      where l rescales an input: that of the second feed-forward projection
 
-l starts at one. Train it without weight decay, which would pull it to zero.
+l starts at one. Weight decay, which would pull it to zero and not to one, leaves it alone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class ScaledOutput(Delta):
     """`l` (out,)."""
 
     roles = {"l": "scale"}
+    undecayed = ("l",)
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class ScaledInput(Delta):
     """`l` (in,)."""
 
     roles = {"l": "scale"}
+    undecayed = ("l",)
 
     def __init__(self, site: Site) -> None:
         super().__init__()

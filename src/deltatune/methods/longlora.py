@@ -4,15 +4,16 @@
     heads [H/2, H):    within [0, G/2), [G/2, 3G/2), ..., [L - G/2, L)                shifted by half   (sec. 3.2)
     RoPE at position p / ceil(context / the base's)                                   position interpolation
 
-in training; inference has full attention. Beside LoRA at q, k, v and o, embeddings and norms are trained as they are
-(sec. 3.3). The shift has no wrap-around: no token sees one behind it, as where the end of a rolled sequence would share
-a group with its start. A tied head keeps the base's matrix. Where G does not divide L the last segments are shorter.
+The groups are for training: inference, and so a merged model, has full attention, at the same positions. Beside LoRA at
+q, k, v and o, embeddings and norms are trained as they are (sec. 3.3). The shift has no wrap-around: no token sees one
+behind it, as where the end of a rolled sequence would share a group with its start. A tied head keeps the base's
+matrix. Where G does not divide L the last segments are shorter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from deltatune.core import Base, DeltatuneError, Intervention, Method, Part, Sel
 from deltatune.methods.lora import LoRA
 from deltatune.methods.tune import Tune
 from deltatune.models.attention import looks_up
+from deltatune.models.positions import Interpolated, rotates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,9 @@ class Segments(Intervention):
         super().__init__()
         self.groups = groups
 
+    def merged(self, module: nn.Module) -> Mapping[str, Any]:
+        return {}  # inference has full attention
+
     def forward(self, call: Base, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         heads, n = query.shape[1:3]
         if not self.training or n != key.shape[2]:
@@ -96,25 +101,12 @@ def within(call: Base, qkv: Sequence[Tensor], mask: Tensor | None, start: int, s
     return call(*rows, mask, **kwargs)[0].unflatten(0, (b, m)).flatten(1, 2)
 
 
-def _rotary(path: str, module: nn.Module) -> bool:
-    return "inv_freq" in module._buffers
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Interpolated(Method):
     context: int
 
-    targets: Select = _rotary
+    targets: Select = rotates
     at = ("call",)
 
     def build(self, site: Site, shared: nn.Module | None) -> Interpolated:
         return Interpolated(math.ceil(self.context / site.config.max_position_embeddings))
-
-
-class Interpolated(Intervention):
-    def __init__(self, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, call: Base, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return call(x, position_ids / self.factor, *args, **kwargs)

@@ -77,12 +77,6 @@ class LowRank(Awaiting):
         self.b.copy_(b)
         self.a0, self.b0 = self.a.detach().clone(), self.b.detach().clone()
 
-    @torch.no_grad()
-    def plain(self) -> None:
-        """Hold `a0`, `b0` in factors of twice the rank: W' stays, and is that of an ordinary LoRA."""
-        up, down = self.product()
-        self.a.data, self.b.data, self.a0, self.b0 = down, up / self.s, None, None
-
     def product(self) -> tuple[Tensor, Tensor]:
         up, down, s = self.scaled_factors()
         return s * up, down

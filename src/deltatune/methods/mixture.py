@@ -40,9 +40,12 @@ class Mixture(Method):
         super().__post_init__()
         if not 1 <= self.top_k <= self.n:
             raise DeltatuneError(f"Mixture: top_k must lie between 1 and n={self.n}, got {self.top_k}")
-        if tuple(self.expert.parts()) != (self.expert,) or "attention" in self.expert.at:
-            kind = type(self.expert).__name__
-            raise DeltatuneError(f"Mixture: {kind} cannot be an expert; one acts at each module by itself, as LoRA")
+        kind = type(self.expert)
+        apart = kind.select is not Method.select and kind.shared is not Method.shared  # one unit needs another
+        if apart or tuple(self.expert.parts()) != (self.expert,) or "attention" in self.expert.at:
+            raise DeltatuneError(
+                f"Mixture: {kind.__name__} cannot be an expert; one acts at each module by itself, as LoRA"
+            )
 
     @property
     def usual(self) -> tuple[str, ...]:  # type: ignore[override]

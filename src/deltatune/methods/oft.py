@@ -70,6 +70,7 @@ class Rotation(Delta):
     """`q` (..., size (size - 1) / 2), each row a Q_i above its diagonal; `d` (out,) where the magnitude is learned."""
 
     roles = {"q": "rotation", "d": "scale"}
+    undecayed = ("d",)
 
     def __init__(self, site: Site, shape: tuple[int, ...], size: int, magnitude: str) -> None:
         super().__init__()

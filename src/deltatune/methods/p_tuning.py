@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import DeltatuneError, Intervention, Method, Select, Site
+from deltatune.core import DeltatuneError, Intervention, Select, Site
 from deltatune.methods.prompt import CrossMask
-from deltatune.models.prompting import Placed, Prompt, embedding_path, embeddings, layout
+from deltatune.models.prompting import Placed, Positioned, Prompt, embedding_path, embeddings, layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class PTuning(Method):
+class PTuning(Positioned):
     """`length` n, `encoder` the network that makes h, None to train h itself; `layers` of its LSTM, or of the MLP.
 
     token: the id of a reserved token, of which each row's template holds n, where the pseudo-tokens go; a row of

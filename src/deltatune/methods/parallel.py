@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import get_ident
 from typing import Any, ClassVar, Literal
 
@@ -43,33 +43,30 @@ class ParallelAdapter(Method):
             raise DeltatuneError(f"ParallelAdapter: size={self.size} is < 1, or scale={self.scale!r} not 'learned'")
         check_activation(self)
 
-    def parts(self) -> Sequence[Method]:
+    def select(self, model: nn.Module) -> Select:
         outputs = Part(*self.usual) if self.targets is None else self.targets
-        return (replace(self, targets=(outputs, _Stream() if self.input is None else self.input)),)
+        if self.input is not None:
+            return outputs, self.input
+        stream = _stream(model, [m.path for m in resolve(model, outputs)])
+        return outputs, lambda path, module: path in stream
 
     def shared(self, sites: Sequence[Site]) -> Held:
-        return Held({m.path for m in resolve(sites[0].model, self.targets[0])})  # type: ignore[index]
+        return Held({m.path for m in resolve(sites[0].model, self.targets, self.usual)})
 
     def build(self, site: Site, shared: Any) -> Intervention:
         return Bottleneck(site, self, shared) if site.path in shared.outputs else Tap(shared)
 
 
-class _Stream:
-    """Selects where the residual stream enters the MLP: made at the root, where a walk over a model begins."""
-
-    def __call__(self, path: str, module: nn.Module) -> bool:
-        if not path:
-            self.paths = set(_stream(module))
-        return path in self.paths
-
-
-def _stream(model: nn.Module) -> list[str]:
+def _stream(model: nn.Module, outputs: Sequence[str]) -> set[str]:
     """In pre-norm models the norms of the blocks, the last to run being the MLP's; else its first projections."""
     try:
         if "post_norm" in parts(model):
-            return [m.path for m in resolve(model, None, ("gate", "up"))]
+            ends = {m.path for m in resolve(model, Part("down", "post_norm"))}
+            if other := [path for path in outputs if path not in ends]:
+                raise DeltatuneError(f"{other[0]!r} is no output of an MLP, before which this model's stream is read")
+            return {m.path for m in resolve(model, None, ("gate", "up"))}
         inside = tuple(f"{m.path}." for m in resolve(model, Part("attention")))  # norms of queries and keys
-        return [m.path for m in resolve(model, Layers(targets=Part("norm"))) if not m.path.startswith(inside)]
+        return {m.path for m in resolve(model, Layers(targets=Part("norm"))) if not m.path.startswith(inside)}
     except DeltatuneError as e:
         raise DeltatuneError(f"ParallelAdapter: {e}; name the modules whose input it reads: input=…") from e
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from deltatune.core import DeltatuneError, Method, Site
 from deltatune.models.prefixing import Flat, Positions, Prefix, geometry, group, heard, width
+from deltatune.models.prompting import Positioned
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuning(Method):
+class PrefixTuning(Positioned):
     """`length` p; `hidden` m, the width of the network that makes the prefix, None to train P_k and P_v themselves.
 
     init: "normal", N(0, 1) for P_k and P_v or for P'; or the token ids of a text, repeated or cut to p, whose keys and
@@ -34,6 +35,7 @@ class PrefixTuning(Method):
     hidden: int | None = None
     init: Literal["normal"] | tuple[int, ...] = "normal"
     dropout: float = 0.0
+    positions: str = "kept"
 
     usual = ("attention",)
     at: ClassVar[tuple[str, ...]] = ("attention",)

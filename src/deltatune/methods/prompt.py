@@ -15,15 +15,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from deltatune.core import Base, DeltatuneError, Intervention, Method, Site
+from deltatune.core import Base, DeltatuneError, Intervention, Site
 from deltatune.models.calls import arguments
-from deltatune.models.prompting import Layout, Prompt, arrange, embeddings, layout, stack
+from deltatune.models.prompting import Layout, Positioned, Prompt, arrange, embeddings, layout, stack
 
 Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuning(Method):
+class PromptTuning(Positioned):
     """`length` p, and how P starts (sec. 3.2):
 
     "vocabulary"    embeddings of tokens drawn without replacement

@@ -71,6 +71,8 @@ class Beside(Layers):
 class Copy(Delta):
     """`v`, shaped as the parameter it replaces, (out, in) or (out,), but for the number of `rows`, if that is given."""
 
+    undecayed = ("v",)
+
     def __init__(self, site: Site, rows: int | None = None) -> None:
         super().__init__()
         start = site.weight.to(site.dtype, copy=True)

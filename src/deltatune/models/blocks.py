@@ -69,6 +69,11 @@ def layout(blocks: Blocks | None) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
+def told() -> Blocks | None:
+    """The layout of the row that is running; None where inputs say it."""
+    return _LAYOUT.get()
+
+
 @contextmanager
 def blocked(model: nn.Module) -> Iterator[None]:
     """Inside, the attention function of `model` understands a `layout`."""

@@ -16,14 +16,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltatune.core.errors import DeltatuneError
-from deltatune.core.method import Site
+from deltatune.core.method import Method, Site
 from deltatune.core.select import resolve, walk
 from deltatune.core.units import Base, Intervention
+from deltatune.kernels.attention import Blocks
 from deltatune.models.anatomy import ANATOMY, parts
+from deltatune.models.blocks import told
 from deltatune.models.calls import accepted, arguments
 from deltatune.storage.layers import plain_class
 
 CLASSIFIERS = ("bert", "roberta", "deberta-v2", "distilbert")  # their first token, [CLS], is read by a pooler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positioned(Method):
+    """A method whose file says which `positions` its adapters were trained with: other ones would be another model.
+
+    "counted": the vectors of a prompt have positions as tokens do. "kept": tokens have those that they have alone."""
+
+    positions: str = "counted"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.positions != (known := type(self).positions):
+            raise DeltatuneError(
+                f"{type(self).__name__}: adapter_config.json, or a recipe, has positions = {self.positions!r}, and "
+                f"here they are {known!r}, so the outputs would differ; train it anew, or run it where it was trained"
+            )
 
 
 @dataclass(frozen=True)
@@ -221,7 +240,8 @@ class Prompt(Vectors):
 
 
 class Placed(Vectors):
-    """At an embedding: the i-th `token` of a row is vector i mod p; the row's other tokens are as they were."""
+    """At an embedding: the i-th `token` of a row, or of a document in it whose layout is told, is vector i mod p; the
+    other tokens are as they were."""
 
     def __init__(self, token: int, start: Tensor | nn.Module) -> None:
         super().__init__(start)
@@ -229,10 +249,19 @@ class Placed(Vectors):
 
     def forward(self, call: Base, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, own, here = call(ids, *args, **kwargs), self.vectors(), ids == self.token
-        if not torch.compiler.is_compiling() and bool((counts := here.sum(-1) % len(own)).any()):
+        count = here.cumsum(-1)
+        blocks = None if torch.compiler.is_compiling() else told()  # a model is compiled whole for plain rows alone
+        count, each = (count, count[..., -1]) if blocks is None else _by_document(count, blocks)
+        if not torch.compiler.is_compiling() and bool((wrong := each % len(own) > 0).any()):
             raise DeltatuneError(
-                f"a row has {int(here.sum(-1)[counts > 0][0])} tokens {self.token}, which stand for {len(own)} "
-                "pseudo-tokens: each template holds that many, and neither a row's cut nor a chunk of it splits them"
+                f"a row has {int(each[wrong][0])} tokens {self.token}, which stand for {len(own)} pseudo-tokens: each "
+                "template holds that many, and neither a row's cut nor a chunk of it splits them"
             )
-        i = (here.cumsum(-1) - 1).clamp(min=0) % len(own)
-        return torch.where(here[..., None], own.to(x.dtype)[i], x)
+        return torch.where(here[..., None], own.to(x.dtype)[(count - 1).clamp(min=0) % len(own)], x)
+
+
+def _by_document(count: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
+    """`count` (1, T) along a row -> the same along each document, what it shares before it; and each document's all."""
+    ends = F.pad(count, (1, 0))[:, torch.tensor([blocks.shared, *blocks.lengths], device=count.device).cumsum(0)]
+    others = F.pad(ends[:, :-1] - ends[:, :1], (1, 0))  # those of the documents between the shared tokens and this one
+    return count - others[:, blocks.documents.to(count.device)], (ends - others)[:, 1:]

@@ -28,6 +28,7 @@ from deltatune.core.units import Base, Intervention
 from deltatune.models import anatomy
 from deltatune.models.calls import accepted, arguments
 from deltatune.models.pruning import Scores, blocks, fill, magnitude, matrices, stream
+from deltatune.models.visible import named
 from deltatune.storage.layers import plain_class
 
 # the widths of configurations; a model's attribute that is None follows from the others
@@ -166,10 +167,10 @@ class Side(nn.Module):
         """Layers for the rungs' keys and values, each of the kind that its block has."""
         both = (cache.self_attention_cache, cache.cross_attention_cache) if hasattr(cache, "is_updated") else (cache,)
         for one in both:
-            while len(one.layers) < self.start:
-                one.layers.append(_fresh(one.layers[0]))
-            for i in self.kept[len(one.layers) - self.start :]:
-                one.layers.append(_fresh(one.layers[i]))
+            others = named(one)  # which need no number of their own, as the rungs do
+            mine = [layer for layer in one.layers if all(layer is not other for other in others)]
+            mine += [_fresh(mine[0]) for _ in range(self.start - len(mine))]
+            one.layers[:] = [*mine, *(_fresh(mine[i]) for i in self.kept[len(mine) - self.start :]), *others]
 
     def prune(self, model: nn.Module, scores: Scores) -> None:
         """Give the rungs those rows and columns of their blocks that `scores` finds to matter most."""

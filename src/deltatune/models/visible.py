@@ -65,6 +65,11 @@ class Seen:
         return every if self.rows is None else every.index_select(0, self.rows)
 
 
+def named(cache: Any) -> list[DynamicLayer]:
+    """The layers of `cache` that are found by their names, wherever they lie."""
+    return list(getattr(cache, "visible", {}).values())
+
+
 def _layer(cache: Any, depth: int, key: str) -> DynamicLayer:
     """The layer of `cache` named `key`; the new ones come behind those of the `depth` blocks."""
     if not hasattr(cache, "visible"):

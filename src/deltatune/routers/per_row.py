@@ -22,14 +22,14 @@ class _Apart(Exception):
 
 @dataclass(frozen=True)
 class _Among:
-    """A unit of some kind around the `rows` that are 0, those that are -1 being others'."""
+    """Units of one kind, each around its `rows`, those that are -1 being others'."""
 
     kind: Any
-    unit: Any
+    units: Sequence[Any]
     rows: Tensor
 
     def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        done = self.kind.batched([self.unit], self.rows, call, *args, **kwargs)
+        done = self.kind.batched(self.units, self.rows, call, *args, **kwargs)
         if done is NotImplemented:
             raise _Apart
         return done
@@ -117,11 +117,18 @@ class PerRow(Router):
 
 
 def _at_once(base: Base, own: Sequence[Sequence[tuple[Any, Any]]], index: Tensor) -> Base:
-    """`base` inside all units (kind, unit), each for its own rows: one call, which writes once what rows share."""
+    """`base` inside all units (kind, unit), each for its own rows: one call, which writes once what rows share.
+
+    Adapters of the same kinds are side by side: each of two side networks has the base inside, not the other."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for i in sorted(range(len(own)), key=lambda i: any(kind.lengthens for kind, _ in own[i])):
-        rows = torch.where(index == i, 0, -1)
-        for kind, unit in own[i]:
-            base = base.then(_Among(kind, unit, rows), CALL)  # type: ignore[arg-type]
+        alike.setdefault(tuple(kind for kind, _ in own[i]), []).append(i)
+    for kinds, mine in alike.items():
+        rows = torch.full_like(index, -1)
+        for j, i in enumerate(mine):
+            rows = torch.where(index == i, j, rows)
+        for depth, kind in enumerate(kinds):
+            base = base.then(_Among(kind, [own[i][depth][1] for i in mine], rows), CALL)  # type: ignore[arg-type]
     return base
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deltatune.core.adapter import Adapter
-from deltatune.core.errors import DeltatuneError
-from deltatune.core.units import ATTENTION, CALL
+from deltatune.core import Adapter, DeltatuneError, adapters, using
+from deltatune.core.units import ATTENTION
 from deltatune.data import Encoded
 from deltatune.data.encode import Example, Task
 from deltatune.data.loader import Batches
 from deltatune.data.packing import packed, padded
 from deltatune.models.blocks import blockable
+from deltatune.models.prompting import Prompt
 from deltatune.train.memory import Shape
 from deltatune.train.options import TOKENS_PER_STEP, TrainOptions
 from deltatune.train.recipe import Data
@@ -58,16 +59,15 @@ def wanted(data: Data, options: TrainOptions, task: Task) -> bool:
     return usual and task == "causal"
 
 
-def pointwise(adapter: Adapter) -> bool:
-    """Whether its units see one token at a time: none is at the attention function, or around a whole backbone."""
-    return not any(
-        place == ATTENTION or (place == CALL and any(isinstance(m, torch.nn.ModuleList) for m in module.children()))
-        for _, module, _, place in adapter.sites()
-    )
+def prompted(adapter: Adapter) -> bool:
+    """Whether a prompt stands before its rows' tokens, which of packed documents the first alone would see."""
+    prompts = [unit for _, unit in adapter.units() if isinstance(unit, Prompt)]
+    return any(unit.prompt is not None or unit.source is not None for unit in prompts)
 
 
 def packs(model: Any, may: bool, asked: bool | None, options: TrainOptions, longest: int) -> Packing:
-    """How this model's documents share rows, the fastest way that it gets right: tried on the model itself.
+    """How this model's documents share rows, the fastest way that it gets right: tried on the model itself, under the
+    adapters that are at work.
 
     longest: tokens of the longest document."""
     if may and options.batch_size is None and blockable(model, longest):
@@ -75,7 +75,9 @@ def packs(model: Any, may: bool, asked: bool | None, options: TrainOptions, long
     if may and apart(model):
         return "rows"
     if asked:
-        why = "the base lets packed rows see one another" if may else "the task or the method needs a row each"
+        with using(model) if adapters(model) else nullcontext():
+            mixes = may and not apart(model)
+        why = "the base lets packed rows see one another" if mixes else "the task or the method needs a row each"
         raise DeltatuneError(f"data.packing: true is not possible: {why}; leave it out")
     return "none"
 
@@ -87,6 +89,9 @@ def apart(model: Any) -> bool:
     one, two, three = (Example(i, list(i)) for i in ids)
     training = model.training
     model.eval()
+    for adapter in adapters(model).values():
+        for _, _, unit, place in adapter.sites():
+            unit.training = place == ATTENTION  # what it cuts a row into in training, documents lie across
     try:
         rows = packed([[one, two], [three, two, three]], 0).to(model.device)
         got = model(**rows.inputs).logits.float()[0, 5:8]

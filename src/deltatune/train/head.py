@@ -27,7 +27,8 @@ def head_of(model: Any) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def loss_by_chunks(model: Any, inputs: Mapping[str, Any], targets: Tensor, ignored: int) -> Loss | None:
+def loss_by_chunks(model: Any, inputs: Mapping[str, Any], targets: Tensor, ignored: int, smoothing: float = 0.0
+                   ) -> Loss | None:  # fmt: skip
     """The loss of `targets` [b, T] with logits made, and used up, some rows at a time; None where it cannot be had so.
 
     The hidden states are taken at the door of the head, and what the model would do to the logits is done here. Not
@@ -64,12 +65,12 @@ def loss_by_chunks(model: Any, inputs: Mapping[str, Any], targets: Tensor, ignor
         set_device_states(devices, states)
         return None
 
-    return _loss(head, tap.hidden, targets, how, how.shift(model), ignored)
+    return _loss(head, tap.hidden, targets, how, how.shift(model), ignored=ignored, smoothing=smoothing)
 
 
-def _loss(head: Any, hidden: Tensor, targets: Tensor, how: Treatment, shift: Tensor | None, ignored: int) -> Loss:
+def _loss(head: Any, hidden: Tensor, targets: Tensor, how: Treatment, shift: Tensor | None, **given: Any) -> Loss:
     """That of hidden states as they come to the head."""
-    options: dict[str, Any] = {"scale": how.scale, "cap": how.cap, "ignored": ignored}
+    options: dict[str, Any] = {"scale": how.scale, "cap": how.cap, **given}
     if _is_plain(head) and head.weight.device == hidden.device:
         bias = head.bias if shift is None else shift if head.bias is None else head.bias + shift
         return linear_cross_entropy(hidden, head.weight, targets, bias, **options)

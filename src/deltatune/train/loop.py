@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from deltatune.core.adapter import Adapter
-from deltatune.core.callback import Callback, Groups, Run
+from deltatune.core.callback import Callback, Run
 from deltatune.core.errors import DeltatuneError
 from deltatune.data.encode import IGNORED
 from deltatune.data.loader import Batches
@@ -188,9 +188,9 @@ class _Trainer:
 
     def _step(self) -> Record:
         """One optimizer step."""
-        run, options = self.run, self.options
+        run, options, task = self.run, self.options, self.batches.task
         micro = list(islice(self.batches, min(self.each, self.total - (run.step - 1) * self.each)))
-        counts = [int((targets(batch, self.batches.task) != IGNORED).sum()) for batch in micro]
+        counts = [int((targets(batch, task) != IGNORED).sum()) for batch in micro]
         trained, tokens = map(int, self.processes.sum([sum(counts), sum(batch.tokens for batch in micro)]))
         if not trained:
             raise DeltatuneError(f"step {run.step}: no token carries loss in {_rows(micro)}; see `deltatune data show`")
@@ -201,9 +201,9 @@ class _Trainer:
 
         losses = []
         for batch, count in zip(micro, counts, strict=True):
-            run.share, run.targets, run.adapters = count / trained, targets(batch, self.batches.task), batch.adapters
+            run.share, run.targets, run.adapters = count / trained, targets(batch, task), batch.adapters
             with autocast(self.device, self.dtype):
-                found = outcome(self.model, batch.to(self.device), self.batches.task, self.passes)
+                found = outcome(self.model, batch.to(self.device), task, self.passes, options.label_smoothing)
             loss, run.logits = found.total / trained, found.logits
             for events in self.events:
                 loss = events.on_loss(run, loss)
@@ -257,7 +257,7 @@ class _Trainer:
         trained = [p for p in self._parameters() if p.requires_grad]
         if not trained:
             raise DeltatuneError("nothing to train: every parameter is frozen; attach an adapter, or set requires_grad")
-        groups: Groups = [{"params": trained, "lr": options.lr, "weight_decay": options.weight_decay}]
+        groups = optimizer.groups(trained, self.adapter, options)
         for events in self.events:
             groups = events.param_groups(groups)
         groups = [{"lr": options.lr, **g, "initial_lr": g.get("lr", options.lr)} for g in groups if g["params"]]

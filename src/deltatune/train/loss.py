@@ -37,28 +37,31 @@ def targets(batch: Batch, task: Task) -> Tensor:
     return F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED) if task == "causal" else batch.labels
 
 
-def outcome(model: nn.Module, batch: Batch, task: Task, passes: int = 1) -> Outcome:
+def outcome(model: nn.Module, batch: Batch, task: Task, passes: int = 1, smoothing: float = 0.0) -> Outcome:
     """Cross-entropy of `batch`, summed, with rows under the adapters that they name.
 
     passes: forward passes, each with random draws of its own; the loss is that of the first.
+    smoothing: the share of each target that is spread evenly over all classes.
     Raises DeltatuneError when the model's logits do not fit the labels."""
     rows = nullcontext() if batch.adapters is None else using(model, router=PerRow(batch.adapters))
     with layout(batch.blocks), rows:
-        return _outcome(model, batch, task, passes)
+        return _outcome(model, batch, task, passes, smoothing)
 
 
-def _outcome(model: nn.Module, batch: Batch, task: Task, passes: int) -> Outcome:
+def _outcome(model: nn.Module, batch: Batch, task: Task, passes: int, smoothing: float) -> Outcome:
     wanted = targets(batch, task)
     inputs = dict(batch.inputs)
     if task == "seq2seq" and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = _decoder_inputs(model, batch.labels)
     generates = task in ("causal", "seq2seq")
-    if generates and passes == 1 and (found := loss_by_chunks(model, inputs, wanted, IGNORED)) is not None:
-        return Outcome(*found)
+    if generates and passes == 1:
+        found = loss_by_chunks(model, inputs, wanted, IGNORED, smoothing)
+        if found is not None:
+            return Outcome(*found)
     every = [_logits(model, inputs, wanted, task) for _ in range(passes)]
     logits = every[0]
     wanted = wanted[wanted != IGNORED].to(logits.device)
-    total = F.cross_entropy(logits, wanted, reduction="sum")
+    total = F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing)
     hits = (logits.detach().argmax(-1) == wanted).sum()
     return Outcome(total, len(wanted), hits, tuple(every) if passes > 1 else ())
 

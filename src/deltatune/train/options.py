@@ -43,6 +43,9 @@ class TrainOptions(BaseModel):
     tokens_per_batch: Count | None = None
     """What one forward pass may hold, in tokens; a step of more is accumulated, which changes nothing but memory."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's. What would decay away from the base (scales that start at one, copies of norms and biases) is spared."""
+    label_smoothing: Fraction = 0.0
+    """The share of each target that is spread evenly over all classes, in the loss of training; not in evaluation."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     """In 8 bits its moments take a quarter of the memory; paged, they leave the accelerator when that runs short."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)

@@ -1,7 +1,7 @@
 """Whether the blocks of a model run compiled, which is measured rather than believed.
 
-Compiling takes minutes and pays only in a run that is long enough, if it pays at all: beside kernels that are fused by
-hand there is little left to win, and how little depends on the processor. `auto` therefore tries it only where what is
+Compiling takes a minute or so and pays only in a run that is long enough, if it pays at all: how much is left to win
+beside kernels that are fused by hand depends on the processor. `auto` therefore tries it only where what is
 left of the run is `WORTH` times the `WARM_UP`, so that a failed trial costs no more than that share of the run; it then
 compares the time per token of some steps of either kind, and keeps the faster.
 """
@@ -21,7 +21,7 @@ from deltatune.train.recompute import Recompute
 
 Speed = Literal["auto", "eager", "compile"]
 
-WARM_UP = 100.0  # seconds; SmolLM2's blocks took 92 on two cores
+WARM_UP = 60.0  # seconds; SmolLM2's blocks took some 50 on two cores
 WORTH = 40
 SKIPPED, MEASURED = 2, 4  # steps: the first load and compile, the others tell
 

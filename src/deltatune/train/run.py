@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from deltatune.core import (
     Plan,
     Union,
     attach,
+    flatten,
     nearest,
     plan,
     resolve,
@@ -33,10 +35,8 @@ from deltatune.data import (
     Encoded,
     Rows,
     Summary,
-    build,
     load,
     normalise,
-    split,
     templates,
 )
 from deltatune.data.encode import Task
@@ -47,7 +47,7 @@ from deltatune.models.blocks import may_block
 from deltatune.models.loading import FRESH, TASKS, load_base, load_tokenizer, locate, read_config
 from deltatune.models.quantise import require
 from deltatune.train import memory
-from deltatune.train.batching import Packing, batches, largest, packs, pointwise, wanted
+from deltatune.train.batching import Packing, batches, largest, packs, prompted, wanted
 from deltatune.train.loop import Result, fit
 from deltatune.train.memory import Estimate
 from deltatune.train.merged import TASKS as PEFT_TASKS
@@ -55,11 +55,13 @@ from deltatune.train.metrics import Report
 from deltatune.train.options import TOKENS_PER_STEP, TrainOptions
 from deltatune.train.process import Processes
 from deltatune.train.recipe import Data, Recipe
+from deltatune.train.rows import encode, held, started_from
+from deltatune.train.training_data import begin
 
 ADAPTER, MODEL, RECIPE = "adapter", "model", "recipe.yaml"
 LEFT = {RECIPE, "metrics.jsonl", "loss.png", "tensorboard", "checkpoints"}  # by a run without a checkpoint
 LONGEST = 1024
-ON_CPU = 768  # tokens: a larger micro-batch is no faster there, and holds more
+ON_CPU = 2048  # tokens: a larger micro-batch is no faster there, passes of 768 are a sixth slower
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Prepared:
     method: Method | None
     rows: Encoded
     held_out: Encoded | None
+    apart: Mapping[str, Encoded]  # what inits start from in place of `rows`, by name
     max_length: int
     dtype: torch.dtype
     device: torch.device
@@ -114,18 +117,17 @@ class Prepared:
         return None if self.method is None else plan(self.blank(), self.method)
 
     def sized(
-        self, process: int = 0, packing: bool | None = None, processes: Processes | None = None
+        self, process: int = 0, packing: Packing | None = None, processes: Processes | None = None
     ) -> tuple[TrainOptions, Estimate | DeltatuneError]:
-        """The options with a micro-batch that fits into memory where the recipe leaves it open, and the estimate."""
+        """The options with a micro-batch that fits into memory where the recipe leaves it open, and the estimate.
+
+        packing: None where the base is not there to tell."""
         options = self.recipe.train
-        packing = self.may_pack() if packing is None else packing
-        how: Packing = "rows" if packing else "none"
-        if packing and options.batch_size is None and may_block(self.blank(), self.max_length):
-            how = "blocks"
+        how = self.likely() if packing is None else packing
         world = 1 if processes is None else processes.world
         choose = options.tokens_per_batch is None and options.batch_size is None
         step = (options.tokens_per_step or TOKENS_PER_STEP) // world
-        longest = self.max_length if packing else max(map(len, (*self.rows, *(self.held_out or ()))))
+        longest = self.max_length if how != "none" else max(map(len, (*self.rows, *(self.held_out or ()))))
         if choose and self.device.type == "cpu" and step > ON_CPU:
             options = options.model_copy(update={"tokens_per_batch": max(ON_CPU, longest)})
         while True:
@@ -145,11 +147,22 @@ class Prepared:
                 return options, found
             options = options.model_copy(update={"tokens_per_batch": size // 2})
 
+    def likely(self) -> Packing:
+        """How documents will share rows, as far as a model without weights can say; `packs` tries it on the base."""
+        if not self.wants_packing():
+            return "none"
+        model = self.blank()
+        if self.method is not None and prompted(attach(model, self.method)):
+            return "none"
+        blocks = self.recipe.train.batch_size is None and may_block(model, self.max_length)
+        return "blocks" if blocks else "rows"
+
     def may_pack(self) -> bool:
-        """Whether task and method let documents share a row; whether the base does is seen when it is loaded."""
-        if not wanted(self.recipe.data, self.recipe.train, self.task):
-            return False
-        return self.method is None or pointwise(attach(self.blank(), self.method))
+        """Whether documents will share rows, by `likely`."""
+        return self.likely() != "none"
+
+    def wants_packing(self) -> bool:
+        return wanted(self.recipe.data, self.recipe.train, self.task)
 
 
 def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
@@ -167,13 +180,17 @@ def prepare(recipe: Recipe, *, weights: bool = True) -> Prepared:
     if method is not None and task in ("classification", "tagging"):
         method = _with_head(method, rows.label_names or ())
     kept, held_out = held(rows, data, tokenizer, task, max_length, recipe.seed)
+    apart = started_from(method, rows, data, tokenizer, task, max_length)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if method is None else recipe.train.dtype(device)  # the optimizer's steps vanish in bf16
-    return Prepared(recipe, base, config, tokenizer, task, method, kept, held_out, max_length, dtype, device, notes)
+    return Prepared(recipe, base, config, tokenizer, task, method, kept, held_out, apart, max_length, dtype, device,
+                    notes)  # fmt: skip
 
 
 def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -> Outcome:
     """Trains as `recipe` says, into its output folder: the adapter, the recipe in full, metrics, checkpoints.
+
+    The adapter is saved without the networks that make prefixes and pseudo-tokens in training; checkpoints have them.
 
     report: called with the records of the loop, and with {"note": text}.
     Raises DeltatuneError for wrong input, before training; see `fit` for what can stop it later."""
@@ -186,8 +203,6 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
         tell(text)
     memory.warm(ready.dtype)
     process = memory.held() if processes.device.type == "cpu" else 0
-    may = ready.may_pack()
-    options, estimate = ready.sized(process, may, processes)
     model = ready.load()
     torch.manual_seed(recipe.seed)
     method = None if ready.method is None else _with_fresh(ready.method, model)
@@ -199,7 +214,8 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
         assert planned is not None
         tell(f"{len(planned.sites)} sites, {planned.trained:,} trained parameters "
              f"({100 * planned.trained / planned.total:.2f} % of {planned.total:,})")  # fmt: skip
-    packing = packs(model, may, recipe.data.packing, options, ready.max_length)
+    packing = packs(model, ready.wants_packing(), recipe.data.packing, recipe.train, ready.max_length)
+    options, estimate = ready.sized(process, packing, processes)
     tell(str(estimate))
     if processes.main:
         output.mkdir(parents=True, exist_ok=True)
@@ -208,12 +224,16 @@ def run(recipe: Recipe, *, resume: bool = False, report: Report | None = None) -
     how = (ready.tokenizer, options, ready.task, packing, ready.max_length, recipe.seed)
     made = batches(ready.rows, *how, **share)
     held_out = None if ready.held_out is None else batches(ready.held_out, *how, **share)
+    if adapter is not None and not resume:
+        begin(adapter, ready.apart, how, processes.device)
     memory.reset_peak(processes.device)
     result = fit(model, adapter, made, eval_batches=held_out, options=options, callbacks=recipe.made_callbacks(),
                  output=output, resume=resume, report=report)  # fmt: skip
     peak = memory.peak(processes.device)
     saved = output / (MODEL if adapter is None else ADAPTER)
     if processes.main:
+        if adapter is not None:
+            _lighten(adapter)
         _save(model, adapter, saved, ready)
     known = estimate if isinstance(estimate, Estimate) else None
     if known is not None:
@@ -251,8 +271,7 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
     names = adapter.labels if adapter is not None and task in ("classification", "tagging") else ()
     encoded = encode(source, tokenizer, given, task, max_length, names or None)
     rows, other = held(encoded, given, tokenizer, task, max_length, told.seed)
-    may = wanted(given, told, task) and (adapter is None or pointwise(adapter))
-    packing = packs(model, may, given.packing, told, max_length)
+    packing = packs(model, wanted(given, told, task), given.packing, told, max_length)
     processes = Processes()
     if told.tokens_per_batch is None and told.batch_size is None and processes.device.type == "cpu":
         size = max(
@@ -264,26 +283,11 @@ def train(model: PreTrainedModel, adapter: Adapter | None, data: str | Path | Se
     settled = (tokenizer, told, task, packing, max_length, told.seed)
     made = batches(rows, *settled, **share)
     held_out = None if other is None else batches(other, *settled, **share)
+    if adapter is not None and not resume:
+        apart = started_from(adapter.method, encoded, given, tokenizer, task, max_length)
+        begin(adapter, apart, settled, processes.device)
     return fit(model, adapter, made, eval_batches=held_out, options=told, callbacks=callbacks, output=output,
                resume=resume, report=report)  # fmt: skip
-
-
-def encode(source: Dataset, tokenizer: PreTrainedTokenizerBase, data: Data, task: Task, max_length: int,
-           label_names: Sequence[str] | None = None) -> Encoded:  # fmt: skip
-    return build(source, tokenizer, task=task, template=data.template, max_length=max_length, too_long=data.too_long,
-                 train_on=data.train_on, label_names=label_names)  # fmt: skip
-
-
-def held(rows: Encoded, data: Data, tokenizer: PreTrainedTokenizerBase, task: Task, max_length: int, seed: int
-         ) -> tuple[Encoded, Encoded | None]:  # fmt: skip
-    """(rows to train on, rows held out): a part of them, or another file."""
-    if data.eval is None:
-        return rows, None
-    if isinstance(data.eval, int) or data.eval.endswith("%"):
-        kept, out = split(rows.examples, data.eval, seed)
-        return replace(rows, examples=kept), replace(rows, examples=out)
-    other = load(data.eval, format=data.format, columns=data.columns)
-    return rows, encode(other, tokenizer, data, task, max_length, rows.label_names)
 
 
 def _task(source: Dataset, config: Any) -> Task:
@@ -353,6 +357,14 @@ def _free(output: Path, resume: bool) -> None:
         raise DeltatuneError(
             f"output: {output} is not empty ({', '.join(found[:3])}); name another, as output=runs/other"
         )
+
+
+def _lighten(adapter: Adapter) -> None:
+    """Drop the networks that only training needs, but where that is another method: a next stage goes on from those."""
+    with suppress(DeltatuneError):  # prompts of several tasks
+        pairs = zip(adapter.method.parts(), adapter.method.flat().parts(), strict=True)
+        if all(type(part) is type(flat) for part, flat in pairs):
+            flatten(adapter)
 
 
 def _save(model: Any, adapter: Adapter | None, folder: Path, ready: Prepared) -> None:
