@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltatune.core import Delta, DeltatuneError, attach
+from deltatune.core import DeltatuneError, attach
 from deltatune.core.adapter import write_atomically
 from deltatune.train import metrics
 from deltatune.train.entrants import Entrant
@@ -279,11 +279,11 @@ def _steps_set(recipe: Recipe, steps: int) -> Recipe:
 
 
 def merges(outcome: Any, recipe: Recipe) -> bool | None:
-    """Whether every unit of the method is a delta; None where that takes the weights' values."""
+    """Whether the method can be merged; None where that takes the weights' values."""
     if (method := recipe.made_method()) is None:
         return None
     try:
-        return all(isinstance(unit, Delta) for _, unit in attach(_blank(outcome), method).units())
+        return attach(_blank(outcome), method).mergeable
     except (DeltatuneError, NotImplementedError, RuntimeError, TypeError):
         return None
 
