@@ -29,7 +29,7 @@ from deltatune.interop.peft_format_common import (
     whole,
 )
 from deltatune.methods.dora import DoRA, Magnitude
-from deltatune.methods.lora import LoRA, LowRank
+from deltatune.methods.lora import LoRA, LowRank, taken_off
 from deltatune.storage import layers
 
 DEFAULTS: Fields = {
@@ -82,15 +82,10 @@ def _factors(unit: Intervention) -> tuple[float, Tensor, Tensor] | None:
         return None
     a, b = unit.a.detach(), unit.b.detach()
     if unit.a0 is not None and unit.b0 is not None:
-        a, b = _taken_off(a, b, unit.a0, unit.b0)
+        b, a = taken_off(a, b, unit.a0, unit.b0)
     if unit.constant is not None:
         a, b = torch.cat([a, unit.constant.down]), torch.cat([b, unit.constant.up / unit.s], 1)
     return float(unit.s), b, a
-
-
-def _taken_off(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
-    """(down, up) of B A - B0 A0, as (B - B0) A + B0 (A - A0), which loses no digits while both terms are small."""
-    return torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
 
 
 def _low_rank(units: Sequence[Intervention]) -> tuple[float, Tensor, Tensor] | None:
@@ -211,7 +206,7 @@ def decode_lora(model: nn.Module, config: Mapping[str, Any], stored: Stored) -> 
         if start:
             alpha = matching(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
             b0, a0 = _start(start, path, module, r, alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-            a, b = _taken_off(a, b, a0.to(a), b0.to(b))
+            b, a = taken_off(a, b, a0.to(a), b0.to(b))
         own = {"a": a, "b": b}
         if m or config.get("use_dora"):
             own = {f"inner.{n}": t for n, t in own.items()} | ({"m": m[path].flatten()} if path in m else {})

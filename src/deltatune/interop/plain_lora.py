@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from deltatune.core import Adapter, DeltatuneError, Method, attach, detach
-from deltatune.methods.lora import LoRA
+from deltatune.methods.lora import LoRA, taken_off
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def plain_lora(adapter: Adapter, name: str) -> Adapter:
         raise DeltatuneError(f"adapter {adapter.name!r} has no start that is taken off: what LoRA it holds is ordinary")
     for key in starts:
         a, b, a0, b0 = (state.pop(f"{key}{n}") for n in ("a", "b", "a0", "b0"))
-        state[f"{key}a"], state[f"{key}b"] = torch.cat([a, a - a0]), torch.cat([b - b0, b0], 1)
+        state[f"{key}b"], state[f"{key}a"] = taken_off(a, b, a0, b0)
     twin = attach(adapter.model, _plain(adapter.method), name, dtype=adapter.dtype)
     try:
         twin.load_state_dict(state)

@@ -55,6 +55,11 @@ class LoRA(Method):
         return () if self.init is None else self.init.callbacks()
 
 
+def taken_off(a: Tensor, b: Tensor, a0: Tensor, b0: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, down) of B A - B0 A0 = (B - B0) A + B0 (A - A0): small terms, as a difference of large ones loses digits."""
+    return torch.cat([b - b0, b0], 1), torch.cat([a, a - a0])
+
+
 class LowRank(Awaiting):
     """`a` (r, in), `b` (out, r). `a0`, `b0`: a constant product taken off, for initialisations that start elsewhere."""
 
@@ -85,8 +90,7 @@ class LowRank(Awaiting):
         """B, A and s, apart: the fused node scales a product of few columns instead of a copy of B."""
         if self.a0 is None:
             return self.b, self.a, self.s
-        # B A - B0 A0 = (B - B0) A + B0 (A - A0): small terms, for a difference of large ones loses digits
-        return torch.cat([self.b - self.b0, self.b0], 1), torch.cat([self.a, self.a - self.a0]), self.s
+        return *taken_off(self.a, self.b, self.a0, self.b0), self.s
 
     @torch.no_grad()
     def unload(self, share: float = 1.0) -> None:

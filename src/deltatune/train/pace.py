@@ -21,7 +21,7 @@ from deltatune.train.recompute import Recompute
 
 Speed = Literal["auto", "eager", "compile"]
 
-WARM_UP = 60.0  # seconds; SmolLM2's blocks took some 50 on two cores
+WARM_UP = 60.0  # seconds; SmolLM2's blocks took less than 52 on two cores
 WORTH = 40
 SKIPPED, MEASURED = 2, 4  # steps: the first load and compile, the others tell
 
